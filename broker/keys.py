@@ -1,0 +1,42 @@
+"""The names of Cohort's keys in Redis. All but the queues themselves share one hash tag.
+
+A queue stays a plain list under its own name, so that a stock Celery producer can feed it.
+"""
+
+TAG = "{cohort}"
+
+LOCKS = f"{TAG}locks"
+"""Hash: job key -> the claim id that holds it, or `owed:<task id>`."""
+PARKED = f"{TAG}parked"
+"""Sorted set, all scores 0: `<job key> NUL <priority><sequence> NUL <claim>`."""
+READY = f"{TAG}ready"
+"""List of claims to be served before the queues: handed-on locks, and what came back."""
+SEQUENCE = f"{TAG}sequence"
+"""Counter: the order of arrival of parked jobs."""
+DELIVERIES = f"{TAG}deliveries"
+"""Hash: task id -> how many of its deliveries were lost with their node or process."""
+DEAD = f"{TAG}dead"
+"""List, newest first, at most 1,000: elements of queues that aren't task messages."""
+BELL = f"{TAG}bell"
+"""List of rings: idle nodes block on it."""
+LEASES = f"{TAG}leases"
+"""Sorted set: `<node>:<incarnation>` -> when its lease ends, in ms of Redis time."""
+NODES = f"{TAG}nodes"
+"""Hash: `<node>:<incarnation>` -> JSON with its capacity, host, pid and mount nonce."""
+FLEET = f"{TAG}fleet"
+"""String: the id of the shared folder that this Redis belongs to."""
+
+
+def claims(member: str) -> str:
+    """Hash of one incarnation: claim id -> claim."""
+    return f"{TAG}claims:{member}"
+
+
+def delayed(queue: str) -> str:
+    """Sorted set: list name NUL message -> when it is due, in ms of Redis time."""
+    return f"{TAG}delayed:{queue}"
+
+
+def leader(duty: str) -> str:
+    """String with a time to live: who does this duty now."""
+    return f"{TAG}leader:{duty}"

@@ -1,0 +1,108 @@
+-- Claim one message: out of the queues and into this node's hash, with its lock, in one step.
+--
+-- KEYS  claims      hash        this incarnation's claims            finish, put back delete fields
+--       locks       hash        job key -> claim id or owed:<task>   finish
+--       parked      sorted set  jobs that wait for a lock            hand on
+--       ready       list        served before the queues             claim
+--       sequence    counter     order of arrival of parked jobs      nobody
+--       deliveries  hash        task id -> lost deliveries           finish
+--       bell        list        wakes idle nodes                     the woken
+--       leases      sorted set  incarnation -> end of its lease      reap, leave
+--       dead        list        what isn't a task message            an operator
+--       then for each queue its delayed set, then the lists in the order in which to serve them
+-- ARGV  incarnation, claim id, number of queues, then the queues' names, then for each list the
+--       name of its queue
+-- Returns {'claimed', queue, payload, lost deliveries, key, '1' if our producer wrote it},
+--         {'nothing'}, {'again'} (the limit of 200 messages was reached) or {'expelled'}.
+
+local K = {
+    claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], sequence = KEYS[5],
+    deliveries = KEYS[6], bell = KEYS[7], leases = KEYS[8], dead = KEYS[9],
+}
+local member, id, count = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local now = now_ms()
+
+local lease = redis.call('ZSCORE', K.leases, member)
+if not lease or tonumber(lease) < now then
+    return {'expelled'}
+end
+
+local served, queue_of, lists = {}, {}, {}
+for i = 1, count do
+    served[ARGV[3 + i]] = true
+end
+for i = 1, #KEYS - 9 - count do
+    lists[i] = KEYS[9 + count + i]
+    queue_of[lists[i]] = ARGV[3 + count + i]
+end
+
+local function take(claim, ours)
+    if claim.key ~= '' then
+        redis.call('HSET', K.locks, claim.key, id)
+    end
+    redis.call('HSET', K.claims, id, cjson.encode(claim))
+    local lost = redis.call('HGET', K.deliveries, claim.task) or '0'
+    return {'claimed', claim.queue, claim.payload, lost, claim.key, ours}
+end
+
+-- First what is owed a lock or came back.
+for _, raw in ipairs(redis.call('LRANGE', K.ready, 0, 49)) do
+    local claim = cjson.decode(raw)
+    if served[claim.queue] then
+        redis.call('LREM', K.ready, 1, raw)
+        local holder = claim.key ~= '' and redis.call('HGET', K.locks, claim.key)
+        if holder and holder ~= 'owed:' .. claim.task then
+            -- The lock it was owed is gone (an operator, a failover) and somebody else has it.
+            park(K, claim)
+        else
+            return take(claim, '1')
+        end
+    end
+end
+
+-- Then what has become due joins its queue.
+for i = 1, count do
+    for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[9 + i], '-inf', now, 'LIMIT', 0, 20)) do
+        local cut = string.find(member, '\0', 1, true)
+        redis.call('ZREM', KEYS[9 + i], member)
+        redis.call('LPUSH', string.sub(member, 1, cut - 1), string.sub(member, cut + 1))
+    end
+end
+
+local looked = 0
+for _, list in ipairs(lists) do
+    while true do
+        if looked == 200 then
+            return {'again'}
+        end
+        local payload = redis.call('RPOP', list)
+        if not payload then
+            break
+        end
+        looked = looked + 1
+        local whole, message = pcall(cjson.decode, payload)
+        local headers = whole and type(message) == 'table' and message.headers
+        if type(headers) ~= 'table' or type(headers.id) ~= 'string'
+            or type(message.properties) ~= 'table' or type(message.properties.delivery_tag) ~= 'string' then
+            redis.call('LPUSH', K.dead, payload)
+            redis.call('LTRIM', K.dead, 0, 999)
+        else
+            local ours = type(headers.cohort) == 'table'
+            local priority = tonumber(message.properties.priority) or 0
+            local claim = {
+                queue = queue_of[list],
+                list = list,
+                key = ours and type(headers.cohort.key) == 'string' and headers.cohort.key or '',
+                task = headers.id,
+                priority = string.format('%d', math.max(0, math.min(9, priority))),
+                payload = payload,
+            }
+            if claim.key ~= '' and redis.call('HEXISTS', K.locks, claim.key) == 1 then
+                park(K, claim)
+            else
+                return take(claim, ours and '1' or '0')
+            end
+        end
+    end
+end
+return {'nothing'}

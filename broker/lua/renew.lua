@@ -1,0 +1,31 @@
+-- Renew a lease, and take back the claims of which its worker knows nothing: their replies were lost.
+--
+-- KEYS  claims      hash        this incarnation's claims            finish, put back
+--       locks       hash        job key -> claim id or owed:<task>   finish
+--       parked      sorted set  jobs that wait for a lock            hand on
+--       ready       list        served before the queues             claim
+--       sequence    counter     order of arrival of parked jobs      nobody
+--       deliveries  hash        task id -> lost deliveries           finish
+--       bell        list        wakes idle nodes                     the woken
+--       leases      sorted set  incarnation -> end of its lease      reap, leave
+-- ARGV  incarnation, length of the lease in ms, then the claim ids that the worker knows
+-- Returns 'renewed', or 'expelled': the lease is gone and so are its claims.
+
+local K = {
+    claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], sequence = KEYS[5],
+    deliveries = KEYS[6], bell = KEYS[7], leases = KEYS[8],
+}
+if not redis.call('ZSCORE', K.leases, ARGV[1]) then
+    return 'expelled'
+end
+redis.call('ZADD', K.leases, now_ms() + tonumber(ARGV[2]), ARGV[1])
+local known = {}
+for i = 3, #ARGV do
+    known[ARGV[i]] = true
+end
+for _, id in ipairs(redis.call('HKEYS', K.claims)) do
+    if not known[id] then
+        put_back(K, K.claims, id, false)
+    end
+end
+return 'renewed'

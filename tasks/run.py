@@ -1,0 +1,52 @@
+"""What a job's function is handed: where it runs, on what version, and how to report.
+
+A `Run` is one attempt of one job. Its directory belongs to it alone; what the function
+leaves there becomes the next version when the function returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from logging import Logger
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. `total` is None while it isn't known."""
+
+    done: float
+    total: float | None
+    unit: str
+
+
+@dataclass
+class Run:
+    """One attempt of one job, as its function sees it."""
+
+    directory: Path
+    """The job directory: this attempt's own work tree, as the last successful run left it."""
+    version: int
+    """The version of the directory that this attempt started from; 0 before the first commit."""
+    task_id: str
+    claim_id: str
+    """Names this attempt and no other, also among redeliveries of the same task."""
+    attempt: int
+    """1 for the first try; counts retries and deliveries that were lost with their node."""
+    node: str
+    deadline: datetime | None
+    """When the job's timeout ends this attempt (UTC), or None."""
+    log: Logger
+    _report: Callable[[Progress], None] = field(repr=False)
+    _is_cancelled: Callable[[], bool] = field(repr=False)
+
+    def progress(self, done: float, total: float | None = None, unit: str = "") -> None:
+        """Show how far the run is. Cheap to call often: reports are thinned out on the way."""
+        self._report(Progress(done, total, unit))
+
+    @property
+    def cancelled(self) -> bool:
+        """True once somebody asked this run to end; what it does from then on is discarded."""
+        return self._is_cancelled()
