@@ -91,6 +91,10 @@ class ClaimQoS(stock.QoS):  # type: ignore[misc]
         else:
             super().reject(delivery_tag, requeue=requeue)
 
+    def release(self, delivery_tag: str) -> None:
+        """Its place is free for another; how its claim ends is up to the node."""
+        virtual.QoS.ack(self, delivery_tag)
+
     def restore_unacked_once(self, stderr: Any = None) -> None:
         # What the pool runs goes on without its channel. The rest is forgotten, and the next
         # renewal of the lease (or leaving) gives it back: no round trip on a broken connection.
@@ -221,6 +225,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
                 return False
         # Redis has waited for it, on its own clock; the worker's needn't agree.
         headers["eta"] = None
+        headers.setdefault("cohort", {"key": key})
         headers["cohort_claim"] = claim_id
         headers["cohort_lost"] = claimed.lost_deliveries
         message["properties"]["delivery_tag"] = claim_id

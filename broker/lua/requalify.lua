@@ -30,7 +30,8 @@ if due ~= '' and tonumber(due) > now_ms() then
 end
 claim.key = key
 if key ~= '' then
-    if redis.call('HEXISTS', K.locks, key) == 1 then
+    local holder = redis.call('HGET', K.locks, key)
+    if holder and holder ~= id then
         redis.call('HDEL', K.claims, id)
         park(K, claim)
         return 'parked'

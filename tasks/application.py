@@ -1,0 +1,71 @@
+"""The Celery app. `celery -A tasks worker|beat|flower|inspect` all find it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from celery.schedules import crontab
+
+from broker.transport import qualify_with
+from errors import SettingsError
+from tasks.settings import Settings, current
+
+
+def _settings_or_exit() -> Settings:
+    try:
+        return current()
+    except SettingsError as error:
+        if Path(sys.argv[0]).name == "celery" or "celery/__main__" in sys.argv[0]:
+            # For an operator one line says more than a traceback. A program gets the exception.
+            sys.exit(f"cohort: {error}")
+        raise
+
+
+def configuration(settings: Settings) -> dict[str, Any]:
+    """Celery's configuration. What isn't named here keeps Celery's default."""
+    return {
+        "broker_url": settings.redis,
+        "broker_transport": "broker.transport:Transport",
+        "broker_connection_retry_on_startup": True,
+        "result_backend": f"tasks.results:SharedResults+{settings.redis}",
+        "result_expires": settings.results_expire,
+        "result_extended": True,
+        "result_backend_always_retry": True,
+        "imports": ("tasks.export", *settings.jobs),
+        "task_track_started": True,
+        # A claim ends when its outcome is on disk, and goes back when its process is lost.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_concurrency": settings.cpus,
+        # A claim holds its job's lock: none is taken before a process is free to run it.
+        "worker_prefetch_multiplier": 1,
+        "worker_send_task_events": True,
+        "task_send_sent_event": True,
+        "timezone": "UTC",
+        "beat_schedule_filename": str(settings.state / "beat-schedule"),
+        "beat_schedule": {
+            "export-every-day": {
+                "task": "tasks.export.export_daily",
+                "schedule": crontab(hour="2", minute="0"),
+            }
+        },
+    }
+
+
+app = Celery("cohort", task_cls="tasks.job:JobTask", set_as_current=True)
+app.conf.update(configuration(_settings_or_exit()))
+
+# By name, and so only in a worker: these floors lie above this one.
+app.steps["worker"].update({"workers.steps:NodeStep", "scheduler.duties:DutiesStep"})
+
+
+def _key_of_message(message: Any) -> str:
+    from tasks.job import key_of_message
+
+    return key_of_message(app, message)
+
+
+qualify_with(_key_of_message)

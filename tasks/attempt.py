@@ -1,0 +1,258 @@
+"""The recipe by which every job runs: the child's half.
+
+It promises: the function sees exactly the files of the last commit; what it leaves becomes the
+next version together with its outcome, or not at all; a task that already has an outcome gets
+that one again, and its function isn't called.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from billiard.process import current_process
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.utils.log import get_task_logger
+
+from crashpoints import reach
+from errors import DeadLettered, Fenced, Refused
+from storage.directory import Attempt, Directory
+from storage.log import Record
+from storage.worktree import WorkTree
+from tasks.progress import ProgressReport
+from tasks.run import Run
+from tasks.settings import Settings, current
+
+if TYPE_CHECKING:
+    from tasks.job import JobTask
+
+logger = get_task_logger(__name__)
+
+_LONGEST_PAUSE = 300.0
+
+
+def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run one attempt of a job. Returns its result; Celery's tracer does the rest."""
+    key = _key_of(task, args, kwargs)
+    if key is None:
+        return _attempt_keyless(task, args, kwargs)
+
+    settings = current()
+    directory = Directory.open(_root(settings), key)
+    reach("attempt:before-snapshot")
+    earlier = directory.outcome_of(task.request.id)
+    if earlier is not None:
+        return _outcome_again(task, earlier)
+    base = directory.head()
+    mine = directory.begin(task.request.id, _claim_id(task), base)
+    reach("attempt:after-snapshot")
+
+    tree = WorkTree(settings.scratch, key, _claim_id(task))
+    try:
+        tree.checkout(directory, base)
+        reach("attempt:after-checkout")
+        with _cancellation() as cancelled:
+            run = _run(task, tree.path, base.n, cancelled)
+            try:
+                _refuse_if_dead(task)
+                result = _call(task, run, args, kwargs)
+            except (Retry, Ignore, Reject):
+                raise  # Celery's own ways to end without an outcome.
+            except Exception as error:
+                _stop_if(cancelled)
+                if _may_retry(task, error):
+                    _retry(task, error)
+                _conclude(task, mine, error)
+                raise
+            _stop_if(cancelled)
+            reach("attempt:after-body")
+            record = _commit(task, mine, tree, result)
+            reach("attempt:after-commit")
+    finally:
+        tree.remove()
+    _after_commit(task, record)
+    reach("attempt:after-after-commit")
+    return record.result if record.claim_id == mine.claim_id else _outcome_again(task, record)
+
+
+def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A job without a key: an empty directory, no lock, no commit; at least once."""
+    scratch = current().scratch
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="keyless-", dir=scratch))
+    try:
+        with _cancellation() as cancelled:
+            run = _run(task, folder, 0, cancelled)
+            try:
+                _refuse_if_dead(task)
+                result = _call(task, run, args, kwargs)
+            except (Retry, Ignore, Reject):
+                raise
+            except Exception as error:
+                _stop_if(cancelled)
+                if _may_retry(task, error):
+                    _retry(task, error)
+                raise
+            _stop_if(cancelled)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _after_commit_of(task, result)
+    return result
+
+
+def _call(task: JobTask, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    assert task.definition is not None
+    result = task.definition.function(run, *args, **kwargs)
+    # What can't be recorded must fail before the commit, not after it.
+    return task.backend.decode(task.backend.encode(result))
+
+
+def _commit(task: JobTask, mine: Attempt, tree: WorkTree, result: Any) -> Record:
+    try:
+        return mine.commit(tree, result, attempt=_attempt_number(task), node=current().node)
+    except Fenced as fence:
+        _run_again(task, fence)
+
+
+def _conclude(task: JobTask, mine: Attempt, error: Exception) -> None:
+    """Record a final failure. If an earlier attempt had committed, that outcome is given instead."""
+    outcome = task.backend.prepare_exception(error, serializer="json")
+    try:
+        record = mine.conclude(
+            "FAILURE", outcome, attempt=_attempt_number(task), node=current().node
+        )
+    except Fenced as fence:
+        _run_again(task, fence)
+    if record.claim_id != mine.claim_id:
+        # The tracer is told on the next delivery; here a failure is already on its way out.
+        raise Reject(f"{task.request.id} has an outcome already", requeue=True)
+
+
+def _run_again(task: JobTask, fence: Fenced) -> NoReturn:
+    """Another run committed on our base: no outcome, and back it goes, at no cost to its retries."""
+    logger.warning("%s[%s]: fenced: %s", task.name, task.request.id, fence)
+    raise Reject(fence, requeue=True)
+
+
+def _outcome_again(task: JobTask, record: Record) -> Any:
+    """This task has its outcome. Tell it again, so that links, chains and chords are sent."""
+    logger.info("%s[%s]: has its outcome in version %d", task.name, task.request.id, record.n)
+    if record.state == "SUCCESS":
+        _after_commit(task, record)
+        return record.result
+    if record.state == "REVOKED":
+        task.backend.mark_as_revoked(task.request.id, "revoked", request=task.request)
+        raise Ignore
+    error = task.backend.exception_to_python(record.result)
+    raise error if isinstance(error, Exception) else RuntimeError(str(record.result))
+
+
+def _after_commit(task: JobTask, record: Record) -> None:
+    if record.state == "SUCCESS":
+        _after_commit_of(task, record.result)
+
+
+def _after_commit_of(task: JobTask, result: Any) -> None:
+    assert task.definition is not None
+    if task.definition.after_commit is None:
+        return
+    try:
+        task.definition.after_commit(result)
+    except Exception:
+        # The outcome stands; a later run of the job may make up for it.
+        logger.exception("%s[%s]: after_commit failed", task.name, task.request.id)
+
+
+def _may_retry(task: JobTask, error: Exception) -> bool:
+    """Not what can't succeed, not what had its time (as AWS Batch does), not beyond the limit."""
+    if isinstance(error, (Refused, DeadLettered, SoftTimeLimitExceeded)):
+        return False
+    assert task.definition is not None
+    return (task.request.retries or 0) < task.definition.retries
+
+
+def _retry(task: JobTask, error: Exception) -> NoReturn:
+    pause = min(_LONGEST_PAUSE, 2.0 ** (task.request.retries or 0))
+    try:
+        raise task.retry(exc=error, countdown=pause)
+    except Reject as rejected:
+        # The broker took no retry: the claim goes back instead, so the job isn't lost.
+        raise Reject(rejected.reason, requeue=True) from None
+
+
+def _refuse_if_dead(task: JobTask) -> None:
+    from tasks.job import refuse_if_dead
+
+    refuse_if_dead(task.request)
+
+
+def _key_of(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The key that its lock was taken under; worked out only where no broker was involved."""
+    assert task.definition is not None
+    about = task.request.get("cohort") or {}
+    key: str | None = about.get("key") or task.definition.key_of(args, kwargs)
+    return key
+
+
+def _claim_id(task: JobTask) -> str:
+    # Called directly or eagerly there is no claim; the task id names the only attempt.
+    return task.request.get("cohort_claim") or f"direct-{task.request.id}"
+
+
+def _attempt_number(task: JobTask) -> int:
+    return 1 + (task.request.retries or 0) + (task.request.get("cohort_lost") or 0)
+
+
+def _root(settings: Settings) -> Path:
+    if settings.root is None:
+        raise Refused("COHORT_ROOT isn't set: a job with a key needs the shared folder")
+    return settings.root
+
+
+def _run(task: JobTask, directory: Path, version: int, cancelled: threading.Event) -> Run:
+    assert task.definition is not None
+    timeout = task.definition.timeout
+    report = ProgressReport(task)
+    return Run(
+        directory=directory,
+        version=version,
+        task_id=task.request.id,
+        claim_id=_claim_id(task),
+        attempt=_attempt_number(task),
+        node=current().node,
+        deadline=None if timeout is None else datetime.now(UTC) + timedelta(seconds=timeout),
+        log=get_task_logger(task.name),
+        _report=report,
+        _is_cancelled=cancelled.is_set,
+    )
+
+
+@contextmanager
+def _cancellation() -> Iterator[threading.Event]:
+    """Turn SIGTERM into a request, so that a run may end in its own time. Pool processes only."""
+    cancelled = threading.Event()
+    in_pool = getattr(current_process(), "index", None) is not None
+    if not in_pool or threading.current_thread() is not threading.main_thread():
+        yield cancelled
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: cancelled.set())
+    try:
+        yield cancelled
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop_if(cancelled: threading.Event) -> None:
+    """What a cancelled run did is discarded, as Celery's terminate does: by ending the process."""
+    if cancelled.is_set():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+

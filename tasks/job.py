@@ -1,0 +1,202 @@
+"""`@job`: a function becomes a Celery task with a key, needs and limits.
+
+The key names the job's lock and its directory. It is a template over the function's arguments
+and is worked out when the job is submitted, so that a bad one is refused before anything is sent.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import string
+from base64 import b64decode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery, Task
+from celery.utils.functional import head_from_fun
+from kombu.serialization import loads
+
+from errors import DeadLettered, InvalidKey, Refused
+from storage.keys import check_key
+from tasks.settings import current, parse_size, parse_span
+
+_HARD_LIMIT_GRACE = 30.0
+"""Seconds that a job has to clean up after its timeout, before its process is killed."""
+
+
+@dataclass(frozen=True)
+class JobDefinition:
+    """What `@job` was told. Memory is in bytes, timeout in seconds."""
+
+    function: Callable[..., Any]
+    key: str | None
+    cpus: int
+    memory: int
+    retries: int
+    timeout: float | None
+    after_commit: Callable[[Any], object] | None
+
+    def key_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """The key for these arguments, or None for a keyless job. Raises `InvalidKey`."""
+        if self.key is None:
+            return None
+        bound = inspect.signature(self.function).bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        return check_key(self.key.format(**bound.arguments))
+
+
+class JobTask(Task):  # type: ignore[misc]
+    """A Celery task that tells the broker what it needs; the base of every task of the app."""
+
+    Request = "tasks.request:JobRequest"
+    definition: JobDefinition | None = None
+
+    def apply_async(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *positional: Any,
+        **options: Any,
+    ) -> Any:
+        """Submit it. The key travels in the message's header `cohort`, for the broker to read."""
+        about: dict[str, Any] = {}
+        if self.definition is not None:
+            try:
+                key = self.definition.key_of(args or (), kwargs or {})
+            except TypeError as error:
+                raise TypeError(f"{self.name}: {error}") from None
+            if key is not None:
+                about["key"] = key
+        options["headers"] = {**(options.get("headers") or {}), "cohort": about}
+        return super().apply_async(args, kwargs, *positional, **options)
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """A plain task that was lost too often isn't tried again. Jobs check it in their attempt."""
+        if self.definition is None:
+            refuse_if_dead(self.request)
+
+
+def refuse_if_dead(request: Any) -> None:
+    """Raise `DeadLettered` for a delivery that was lost with its node or process too often."""
+    lost = request.get("cohort_lost") or 0
+    if lost >= current().deliveries:
+        raise DeadLettered(
+            f"{request.task}[{request.id}]: its node or process died on each of {lost} deliveries; "
+            "it isn't tried again"
+        )
+
+
+def job(
+    function: Callable[..., Any] | None = None,
+    *,
+    key: str | None = None,
+    cpus: int = 1,
+    memory: str | int = "512 MiB",
+    retries: int = 0,
+    timeout: str | float | None = None,
+    after_commit: Callable[[Any], object] | None = None,
+    **options: Any,
+) -> Any:
+    """Make a function that takes a `Run` first into a Celery task of Cohort's app.
+
+    `key` is a template over the function's arguments, `None` for a job without lock and directory.
+    `retries` counts tries after the first. `timeout` is a span such as "2h". `after_commit` is
+    called with the result once it is committed, and again if the job is delivered again: it must
+    be idempotent. Further options are Celery's.
+    """
+    if function is None:
+        return functools.partial(
+            job,
+            key=key,
+            cpus=cpus,
+            memory=memory,
+            retries=retries,
+            timeout=timeout,
+            after_commit=after_commit,
+            **options,
+        )
+    definition = _define(function, key, cpus, memory, retries, timeout, after_commit)
+    return _register(definition, options)
+
+
+def _define(
+    function: Callable[..., Any],
+    key: str | None,
+    cpus: int,
+    memory: str | int,
+    retries: int,
+    timeout: str | float | None,
+    after_commit: Callable[[Any], object] | None,
+) -> JobDefinition:
+    name = f"@job {function.__qualname__}"
+    parameters = list(inspect.signature(function).parameters)
+    if not parameters:
+        raise Refused(f"{name}: its first parameter must be the run: def {function.__name__}(run)")
+    for _, field, _, _ in string.Formatter().parse(key or ""):
+        if field is not None and field not in parameters[1:]:
+            raise InvalidKey(
+                f"{name}: key {key!r} names {{{field}}}; its arguments are "
+                f"{', '.join(parameters[1:]) or 'none'}"
+            )
+    for option, value, least in (("cpus", cpus, 1), ("retries", retries, 0)):
+        if not isinstance(value, int) or value < least:
+            raise Refused(f"{name}: {option} must be a whole number of at least {least}")
+    try:
+        return JobDefinition(
+            function=function,
+            key=key,
+            cpus=cpus,
+            memory=parse_size(memory),
+            retries=retries,
+            timeout=None if timeout is None else parse_span(timeout),
+            after_commit=after_commit,
+        )
+    except ValueError as error:
+        raise Refused(f"{name}: memory or timeout: expected {error}") from None
+
+
+def _register(definition: JobDefinition, options: dict[str, Any]) -> Any:
+    from tasks.application import app
+    from tasks.attempt import attempt
+
+    function = definition.function
+
+    @functools.wraps(function)
+    def body(self: JobTask, *args: Any, **kwargs: Any) -> Any:
+        return attempt(self, args, kwargs)
+
+    limits = {}
+    if definition.timeout is not None:
+        limits = {
+            "soft_time_limit": definition.timeout,
+            "time_limit": definition.timeout + _HARD_LIMIT_GRACE,
+        }
+    return app.task(
+        bind=True,
+        definition=definition,
+        max_retries=definition.retries,
+        __header__=staticmethod(head_from_fun(function, bound=True)),
+        **{**limits, **options},
+    )(body)
+
+
+def key_of_message(app: Celery, message: Mapping[str, Any]) -> str:
+    """The job key of a message that a stock producer wrote; '' if it has none."""
+    task = app.tasks.get(message["headers"].get("task"))
+    definition: JobDefinition | None = getattr(task, "definition", None)
+    if definition is None or definition.key is None:
+        return ""
+    try:
+        body = message["body"]
+        if message["properties"].get("body_encoding") == "base64":
+            body = b64decode(body)
+        args, kwargs, _ = loads(
+            body, message["content-type"], message["content-encoding"], accept={"json"}
+        )
+        return definition.key_of(args, kwargs) or ""
+    except Exception:
+        # The attempt fails with the reason, in an outcome that somebody sees.
+        return ""
+

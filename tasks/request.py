@@ -1,0 +1,222 @@
+"""A job in a worker's main process: how it is handed to the pool and what becomes of it.
+
+The child hands its outcomes back with its result; the node writes them down before the claim is
+acknowledged. An outcome that the node decides *for* a child (a time limit, a revocation) is
+recorded only once the child is dead and the log has been read.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from typing import Any, Protocol
+from weakref import ref
+
+from billiard.exceptions import WorkerLostError
+from celery.app.trace import fast_trace_task
+from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.signals import task_revoked
+from celery.utils.log import get_logger
+from celery.worker.request import Request
+from celery.worker.state import task_ready
+
+from broker.transport import current_claimant
+from tasks.results import Outcome, collected_outcomes
+
+logger = get_logger(__name__)
+
+
+class Node(Protocol):
+    """What a request needs of the node that it runs on."""
+
+    def record(self, outcome: Outcome) -> None:
+        """Write a final outcome down, then announce it."""
+
+    def give_back_lost(self, request: JobRequest) -> None:
+        """Return a claim whose child was lost, once the child is dead."""
+
+    def conclude(self, request: JobRequest, state: str, error: BaseException) -> None:
+        """Record a final outcome for a child, once it is dead and the log has been read."""
+
+    def end_child(self, request: JobRequest) -> None:
+        """Make sure that a child ends, in the background."""
+
+
+_node: Node | None = None
+
+
+def run_on(node: Node | None) -> None:
+    """From now on this process's requests belong to that node."""
+    global _node
+    _node = node
+
+
+def trace_job(*args: Any, **kwargs: Any) -> tuple[int, Any, Any, list[Outcome]]:
+    """In the child: Celery's own tracer, with the final outcomes handed back beside its result."""
+    with collected_outcomes() as outcomes:
+        failed, value, runtime = fast_trace_task(*args, **kwargs)
+    return failed, value, runtime, outcomes
+
+
+class Child:
+    """A pool process, held by a descriptor, so that its number can't come to mean another."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            self._descriptor: int | None = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._descriptor = None
+
+    def has_ended(self, timeout: float) -> bool:
+        """Wait up to so many seconds for its end."""
+        if self._descriptor is None:
+            return True
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._descriptor is not None:
+            try:
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+class JobRequest(Request):  # type: ignore[misc]
+    """Celery's request, whose outcomes go through the node's writer."""
+
+    child: Child | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Celery specialises these two in a subclass of its own, for speed; ours must win.
+        super().__init_subclass__(**kwargs)
+        for name in ("execute_using_pool", "on_success"):
+            if name in cls.__dict__:
+                delattr(cls, name)
+
+    @property
+    def claim_id(self) -> str:
+        """Which claim delivered it."""
+        return str(self.request_dict.get("cohort_claim") or "")
+
+    @property
+    def key(self) -> str | None:
+        """Its job key, or None."""
+        return (self.request_dict.get("cohort") or {}).get("key") or None
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first try."""
+        retries = self.request_dict.get("retries") or 0
+        return 1 + retries + (self.request_dict.get("cohort_lost") or 0)
+
+    @property
+    def context(self) -> Any:
+        """The task's context, as the result backend wants it."""
+        return self._context
+
+    def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
+        """Hand it to the pool."""
+        if self.revoked():
+            raise TaskRevokedError(self.id)
+        hard, soft = self.time_limits
+        result = pool.apply_async(
+            trace_job,
+            args=(
+                self.type,
+                self.id,
+                self.request_dict,
+                self.body,
+                self.content_type,
+                self.content_encoding,
+            ),
+            accept_callback=self.on_accepted,
+            timeout_callback=self.on_timeout,
+            callback=self.on_success,
+            error_callback=self.on_failure,
+            soft_timeout=soft or self.task.soft_time_limit,
+            timeout=hard or self.task.time_limit,
+            correlation_id=self.id,
+        )
+        self._apply_result = None if result is None else ref(result)
+        return result
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """The pool runs it."""
+        claimant = current_claimant()
+        if claimant is not None:
+            claimant.begin(self.claim_id)
+        if pid != os.getpid():
+            self.child = Child(pid)
+        super().on_accepted(pid, time_accepted)
+
+    def on_success(self, returned: tuple[int, Any, Any, list[Outcome]], **kwargs: Any) -> None:
+        """The child has come to an end of its own: success, failure or retry."""
+        failed, value, runtime, outcomes = returned
+        if _node is not None:
+            for outcome in outcomes:
+                _node.record(outcome)
+        super().on_success((failed, value, runtime), **kwargs)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """A time limit has passed."""
+        if soft or self.key is None or _node is None:
+            super().on_timeout(soft, timeout)
+            return
+        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
+        if self.child is not None:
+            self.child.kill()
+        self._settle()
+        _node.conclude(self, "FAILURE", TimeLimitExceeded(timeout))
+
+    def on_failure(
+        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> None:
+        """The child failed, or was lost."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            error = self._worker_lost_info(error).exception
+        if isinstance(error, WorkerLostError) and _node is not None:
+            if not self.acknowledged:
+                logger.error("%s[%s]: %s; it goes back", self.name, self.id, error)
+                self._settle()
+                _node.give_back_lost(self)
+            return
+        if self.acknowledged and self.key is not None:
+            return  # Its conclusion is on its way already.
+        super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def _announce_revoked(
+        self, reason: str, terminated: bool, signum: Any, expired: bool
+    ) -> None:
+        if self.key is None or _node is None:
+            super()._announce_revoked(reason, terminated, signum, expired)
+            if terminated and _node is not None:
+                _node.end_child(self)
+            return
+        if self.acknowledged:
+            return
+        self._settle()
+        self._already_revoked = True
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        _node.conclude(self, "REVOKED", TaskRevokedError(reason))
+        task_revoked.send(
+            sender=self.task,
+            request=self._context,
+            terminated=terminated,
+            signum=signum,
+            expired=expired,
+        )
+
+    def _settle(self) -> None:
+        # The pool is done with it; what becomes of its claim is the node's affair now.
+        task_ready(self)
+        self.acknowledged = True
+        self.message.channel.qos.release(self.claim_id)

@@ -1,0 +1,1 @@
+"""One node's life: start, claim, heartbeat, drain, leave."""

@@ -1,0 +1,121 @@
+"""What this node does for the requests that it runs: it writes their outcomes, and decides for
+children that can't any more. Implements `tasks.request.Node`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from celery import states
+from celery.utils.log import get_logger
+from celery.worker import state as worker_state
+
+from errors import CohortError
+from storage.directory import conclude_for
+from storage.worktree import WorkTree
+from tasks.request import JobRequest
+from tasks.results import Outcome
+from tasks.settings import Settings
+from workers.writer import Writer
+
+logger = get_logger(__name__)
+
+_PAUSE = 1.0
+
+
+class WorkerNode:
+    """One worker's main process, for as long as it lives."""
+
+    def __init__(self, settings: Settings, root: Path, writer: Writer) -> None:
+        self._settings = settings
+        self._root = root
+        self._writer = writer
+        self._stopped = threading.Event()
+
+    def record(self, outcome: Outcome) -> None:
+        """Write a final outcome down, then announce it."""
+        self._writer.record(outcome)
+
+    def give_back_lost(self, request: JobRequest) -> None:
+        """Return a claim whose child was lost, once the child is dead."""
+        self._aside(self._give_back_lost, request)
+
+    def conclude(self, request: JobRequest, state: str, error: BaseException) -> None:
+        """Record a final outcome for a child, once it is dead and the log has been read."""
+        self._aside(self._conclude, request, state, error)
+
+    def end_child(self, request: JobRequest) -> None:
+        """Make sure that a child ends, in the background."""
+        self._aside(self._end_child, request)
+
+    def stop(self) -> None:
+        """Conclude nothing from now on; what is unsettled goes back with the lease."""
+        self._stopped.set()
+
+    def stop_keyless(self, pool: Any) -> None:
+        """The lease can't be trusted: end what has no log to fence it. It runs again elsewhere."""
+        for request in list(worker_state.active_requests):
+            if isinstance(request, JobRequest) and request.key is None:
+                logger.error("%s[%s]: stopped, the lease can't be renewed", request.name, request.id)
+                request.cancel(pool, signal="KILL", emit_retry=False)
+
+    def _aside(self, act: Callable[..., None], *arguments: Any) -> None:
+        # Waiting for a death and reading the shared folder have no place in the event loop.
+        threading.Thread(target=act, args=arguments, name="cohort-conclude", daemon=True).start()
+
+    def _end_child(self, request: JobRequest) -> None:
+        child = request.child
+        if child is not None and not child.has_ended(self._settings.stop_grace):
+            logger.warning("%s[%s]: killed after its grace", request.name, request.id)
+            child.kill()
+            child.has_ended(self._settings.stop_grace)
+        if request.key is not None:
+            WorkTree(self._settings.scratch, request.key, request.claim_id).remove()
+
+    def _give_back_lost(self, request: JobRequest) -> None:
+        self._end_child(request)
+        self._writer.give_back(request.claim_id, lost=True)
+
+    def _conclude(self, request: JobRequest, state: str, error: BaseException) -> None:
+        assert request.key is not None
+        self._end_child(request)
+        backend = request.task.backend
+        while not self._stopped.is_set():
+            try:
+                record = conclude_for(
+                    self._root,
+                    request.key,
+                    request.id,
+                    request.claim_id,
+                    state,
+                    backend.prepare_exception(error, serializer="json"),
+                    attempt=request.attempt,
+                    node=self._settings.node,
+                )
+                break
+            except CohortError as trouble:
+                # Full or away: the claim stays ours, and with it the duty to record an end.
+                logger.error("%s[%s]: can't record its end: %s", request.name, request.id, trouble)
+                self._stopped.wait(_PAUSE)
+        else:
+            return
+        if record.claim_id == request.claim_id:
+            # The child had committed before it died. The next delivery tells that outcome,
+            # and sends the links and chains that the child may not have sent.
+            self._writer.give_back(request.claim_id, lost=False)
+        elif record.state == states.REVOKED:
+            backend.mark_as_revoked(
+                request.id, str(error), request=request.context, store_result=request.store_errors
+            )
+            self._writer.finish(request.claim_id)
+        else:
+            backend.mark_as_failure(
+                request.id, error, request=request.context, store_result=request.store_errors
+            )
+            request.send_event("task-failed", exception=repr(error), traceback="")
+            self._writer.finish(request.claim_id)
+
+

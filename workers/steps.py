@@ -1,0 +1,124 @@
+"""The worker's boot steps: prove the mount, take a lease, write outcomes; and leave in good order."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Any
+
+import redis
+from celery import bootsteps
+from celery.utils.log import get_logger
+
+from broker import nodes, server
+from broker.claimant import Claimant, NodeDescription
+from broker.scripts import Scripts
+from broker.transport import consume_as
+from errors import CohortError, SettingsError, WrongMount
+from storage import mount
+from storage.segments import SegmentWriter
+from tasks.request import run_on
+from tasks.results import record_with
+from tasks.settings import Settings, current
+from workers.heartbeat import Heartbeat
+from workers.node import WorkerNode
+from workers.writer import Writer
+
+logger = get_logger(__name__)
+
+_FLUSH_SECONDS = 10.0
+
+
+class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """This worker as a node of the fleet. Starts after the pool and before anything is claimed."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        try:
+            self._prepare(current())
+        except CohortError as error:
+            # An operator's mistake: one line, and no worker.
+            sys.exit(f"cohort: {error}")
+
+    def _prepare(self, settings: Settings) -> None:
+        if settings.root is None:
+            raise SettingsError(
+                "COHORT_ROOT: a worker needs the shared folder; give the path of its mount"
+            )
+        self._settings = settings
+        self._root = settings.root
+        self._client = server.connect(settings.redis, timeout=max(1.0, settings.lease / 4))
+        server.check(self._client, settings.redis)
+        proof = mount.prove(self._root, settings.node)
+        server.belongs_to(self._client, proof.fleet_id)
+        self._see_the_others()
+
+    def _see_the_others(self) -> None:
+        """Each live node left a nonce in the folder; who doesn't see it looks at another folder."""
+        for other in nodes.list_nodes(self._client):
+            if other.is_live and not mount.sees_nonce(
+                self._root, other.node, other.incarnation, other.nonce
+            ):
+                raise WrongMount(
+                    f"the shared folder {self._root} isn't the one that node {other.node} uses: "
+                    "its nonce isn't there. Mount the same file system on every node"
+                )
+
+    def _describe(self, incarnation: str) -> NodeDescription:
+        return NodeDescription(
+            cpus=self._settings.cpus,
+            memory=self._settings.memory,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            nonce=mount.leave_nonce(self._root, self._settings.node, incarnation),
+        )
+
+    def start(self, worker: Any) -> None:
+        """Join the fleet."""
+        self.claimant = Claimant(
+            Scripts(self._client), self._settings.node, self._settings.lease, self._describe
+        )
+        backend = worker.app.backend
+        self.writer = Writer(
+            SegmentWriter(self._root, self._settings.node, self.claimant.incarnation),
+            self.claimant,
+            backend.announce,
+        )
+        self.node = WorkerNode(self._settings, self._root, self.writer)
+        self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
+        self.claimant.on_finish = self.writer.finish
+        self.claimant.register()
+        self.writer.start()
+        self.heartbeat.start()
+        record_with(self.writer.record)
+        run_on(self.node)
+        consume_as(self.claimant)
+        logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
+
+    def stop(self, worker: Any) -> None:
+        """Leave: what has ended is written and acknowledged, the rest goes back."""
+
+    def terminate(self, worker: Any) -> None:
+        """Leave at once."""
+        self._leave()
+
+    def shutdown(self, worker: Any) -> None:
+        """After the pool has ended."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if not hasattr(self, "heartbeat"):
+            return
+        self.node.stop()
+        if not self.writer.stop(_FLUSH_SECONDS):
+            logger.error("outcomes could not be written in time; their claims go back")
+        self.heartbeat.stop()
+        consume_as(None)
+        try:
+            self.claimant.leave()
+        except (redis.RedisError, OSError) as error:
+            logger.warning("could not say goodbye, the lease runs out instead: %s", error)
+        del self.heartbeat
