@@ -1,0 +1,1 @@
+"""What is on the shared file system: durable files, the commit log, job directories, segments."""
