@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import crashpoints
 from errors import CohortError, Damaged, Fenced, Refused, StandAside
@@ -108,16 +108,16 @@ class Directory:
         return self._begin(task_id, claim_id, check_name("claim id", claim_id), base)
 
     def conclude_for(
-        self, task_id: str, claim_id: str, state: State, result: Any, *, attempt: int, node: str
+        self, task_id: str, claim_id: str, state: str, result: Any, *, attempt: int, node: str
     ) -> Record:
         """Record an outcome for a claim whose process is dead, unless the task has one: return it.
 
         It doesn't depend on a version that the dead run read, so when another task commits first,
         it is tried again on the new head. After `Unavailable` it may be called again.
         """
-        # The claim's own folder had its writer.
-        name = f"{check_name('claim id', claim_id)}-end-{secrets.token_hex(4)}"
-        ending = self._begin(task_id, claim_id, name, self.head())
+        # The claim's own folder had its writer; nor may its record pass for the claim's own.
+        end = f"{check_name('claim id', claim_id)}-end"
+        ending = self._begin(task_id, end, f"{end}-{secrets.token_hex(4)}", self.head())
         while True:
             try:
                 return ending.conclude(state, result, attempt=attempt, node=node)
@@ -201,15 +201,15 @@ class Attempt:
         crashpoints.reach("commit:manifest-written")
         return self._record("SUCCESS", reference, result, attempt, node)
 
-    def conclude(self, state: State, result: Any, *, attempt: int, node: str) -> Record:
+    def conclude(self, state: str, result: Any, *, attempt: int, node: str) -> Record:
         """Record an outcome that isn't a success: the base's files, unchanged, as next version.
 
         Returns and raises as `commit` does.
         """
-        if state == "SUCCESS":
-            raise Refused("a success is committed with its tree")
+        if state not in ("FAILURE", "REVOKED"):
+            raise Refused(f"{state!r} is no outcome without files: it is FAILURE or REVOKED")
         reference = self.base.record.manifest if self.base.record else None
-        return self._record(state, reference, result, attempt, node)
+        return self._record(cast(State, state), reference, result, attempt, node)
 
     def _store(self, tree: WorkTree, changes: Changes) -> tuple[File, ...]:
         """Copy what the run touched into the attempt's folder; the rest lies where it lay."""
@@ -273,7 +273,7 @@ def conclude_for(
     key: str,
     task_id: str,
     claim_id: str,
-    state: State,
+    state: str,
     result: Any,
     attempt: int,
     node: str,

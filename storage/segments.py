@@ -12,7 +12,6 @@ whole or torn at the end. Nothing is ever truncated or rewritten: after an error
 the torn segment behind and goes on in the next one.
 """
 
-import enum
 import os
 import struct
 import zlib
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from errors import Refused, Unavailable
 from storage import durable, sealed
@@ -34,10 +34,10 @@ _BODY = struct.Struct("<BQH")
 _WHOLE_HEAD = _HEAD.size + _GUARD.size
 
 
-class Kind(enum.IntEnum):
-    OUTCOME = 1  # of a keyless job; the payload is the outcome
-    POINTER = 2  # to a keyed job's commit record
-    JOURNAL = 3  # a job that was claimed or submitted, to be found again without Redis
+# An outcome; a pointer to a keyed job's commit record; a job that was claimed or submitted, to be
+# found again without Redis. The number is the kind's place in here, from 1 on: only ever append.
+Kind = Literal["outcome", "pointer", "journal"]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class Entry:
         name = self.id.encode("utf-8", "surrogateescape")
         if len(name) > 0xFFFF or len(self.payload) > LARGEST:
             raise Refused(f"the entry {self.id[:40]!r} is larger than {LARGEST} bytes")
-        body = _BODY.pack(self.kind, self.expires_ms, len(name)) + name + self.payload
+        body = (
+            _BODY.pack(_KINDS.index(self.kind) + 1, self.expires_ms, len(name))
+            + name
+            + self.payload
+        )
         head = _HEAD.pack(len(body), zlib.crc32(body))
         return head + _GUARD.pack(zlib.crc32(head)) + body
 
@@ -162,7 +166,9 @@ class Segment:
             kind, expires_ms, length = _BODY.unpack_from(body)
             payload_at = _BODY.size + length
             name = body[_BODY.size : payload_at].decode("utf-8", "surrogateescape")
-            return Entry(Kind(kind), name, expires_ms, body[payload_at:])
+            if not 1 <= kind <= len(_KINDS):
+                raise ValueError(f"kind {kind} isn't known here")
+            return Entry(_KINDS[kind - 1], name, expires_ms, body[payload_at:])
         except (struct.error, ValueError) as error:
             sealed.damaged(self.path, f"the entry at byte {at} can't be read: {error}")
 

@@ -74,6 +74,8 @@ class WorkTree:
     def __init__(self, scratch: Path, key: str, claim_id: str):
         self.path = scratch / check_key(key) / check_name("claim id", claim_id)
         self.version_n: int | None = None
+        """What was checked out; None before that was done."""
+        self._tick = self.path.with_name(f"{claim_id}.tick")
         self._checked_out: dict[str, Identity] = {}
 
     def checkout(self, directory: "Directory", version: "Version") -> None:
@@ -140,8 +142,8 @@ class WorkTree:
                     with suppress(OSError):
                         os.chmod(path, 0o700)
         shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError):  # another attempt of the key may have a tree beside this one
-            self.path.parent.rmdir()
+        self._tick.unlink(missing_ok=True)
+        # The key's folder stays: another attempt may be about to make its tree in it.
 
     def _fetch(self, root: Path, file: File) -> Identity:
         """Copy one stored file into the tree; what it looks like before the run."""
@@ -168,18 +170,17 @@ class WorkTree:
         if not self._checked_out:
             return
         newest = max(identity.ctime_ns for identity in self._checked_out.values())
-        probe = self.path.with_name(f"{self.path.name}.tick")
         end = time.monotonic() + A_TICK
         try:
-            probe.touch()
-            while os.stat(probe).st_ctime_ns <= newest:
+            self._tick.touch()
+            while os.stat(self._tick).st_ctime_ns <= newest:
                 if time.monotonic() > end:
                     self._checked_out.clear()  # its clock tells nothing: read every file instead
                     return
                 time.sleep(0.001)
-                os.utime(probe)
+                os.utime(self._tick)
         finally:
-            probe.unlink(missing_ok=True)
+            self._tick.unlink(missing_ok=True)
 
     def _look(self, path: str, how: Callable[[str], T]) -> T:
         try:
@@ -187,7 +188,7 @@ class WorkTree:
         except FileNotFoundError:
             raise Refused(f"{path!r} went away while the run was committed") from None
         except OSError as error:
-            raise Refused(f"{path!r} can't be committed: {error.strerror}") from None
+            raise Refused(f"{path or '.'!r} can't be committed: {error.strerror}") from None
 
 
 def _open_stored(stored: Path) -> int:
