@@ -1,0 +1,168 @@
+"""The commands `up`, `nodes` and `submit` of the entry script.
+
+Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 the command line is wrong,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import redis
+from rich.console import Console
+from rich.table import Table
+
+from broker import server
+from broker.nodes import list_nodes
+from deploy import state
+from errors import CohortError, Unavailable
+from tasks.settings import Settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; every error that is foreseen becomes one line."""
+    options = _parser().parse_args(arguments)
+    # Like the Celery commands: modules of COHORT_JOBS may lie in the caller's folder.
+    sys.path.append(os.getcwd())
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more can be written to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except CohortError as error:
+        print(f"cohort: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cohort", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser(
+        "up",
+        allow_abbrev=False,
+        help="a fleet on this machine",
+        description="Start a fleet on this machine: Redis, nodes, beat and Flower. Ctrl-C or "
+        "SIGTERM ends all of it.",
+    )
+    up.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (3)")
+    up.add_argument(
+        "--root", type=Path, metavar="DIR", help="the shared folder (one in the state folder)"
+    )
+    up.add_argument(
+        "--redis",
+        default=os.environ.get("COHORT_REDIS"),
+        metavar="URL",
+        help="use this Redis ($COHORT_REDIS) instead of starting one",
+    )
+    up.add_argument("--cpus", default="2", metavar="N[,N...]", help="of every node or of each (2)")
+    up.add_argument(
+        "--memory", default="2 GiB", metavar="SIZE[,SIZE...]", help="of every node or of each"
+    )
+    up.add_argument(
+        "--flower-port", type=int, metavar="N", help="Flower's port (5555 if free, else any)"
+    )
+    up.add_argument("--no-flower", action="store_true", help="without Flower")
+    up.add_argument("--no-beat", action="store_true", help="without beat")
+    up.add_argument(
+        "--grace", type=float, default=10.0, metavar="S", help="seconds for jobs at the end (10)"
+    )
+    up.set_defaults(run=_up)
+
+    nodes = commands.add_parser(
+        "nodes", allow_abbrev=False, help="the nodes of the fleet", description="List the nodes."
+    )
+    nodes.add_argument("--json", action="store_true", help="as JSON")
+    nodes.set_defaults(run=_nodes)
+
+    submit = commands.add_parser(
+        "submit",
+        allow_abbrev=False,
+        help="hand in a job",
+        description="Hand in a job and print its task id.",
+        epilog="ARGS are values and name=value pairs; a value is JSON if it reads as such, else "
+        "text. With --wait the outcome is printed as JSON, and the exit code is 0 for a success.",
+    )
+    submit.add_argument("--wait", action="store_true", help="follow the job to its outcome")
+    submit.add_argument("--json", action="store_true", help="print JSON only")
+    submit.add_argument("task", metavar="TASK", help="the task's name, or its last part")
+    submit.add_argument("args", metavar="ARGS", nargs="*", help="the job's arguments")
+    submit.set_defaults(run=_submit)
+    return parser
+
+
+def _up(options: argparse.Namespace) -> int:
+    from deploy import up
+
+    return up.run(options, Settings.read(os.environ), Console())
+
+
+def _nodes(options: argparse.Namespace) -> int:
+    settings = _join_fleet()
+    with contextlib.closing(server.connect(settings.redis)) as client:
+        try:
+            known = list_nodes(client)
+        except redis.RedisError as error:
+            raise Unavailable(
+                f"Redis at {server.without_password(settings.redis)} doesn't answer: "
+                f"{type(error).__name__}"
+            ) from None
+    if options.json:
+        rows = [
+            {**dataclasses.asdict(info), "state": "live" if info.is_live else "lost"}
+            for info in known
+        ]
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for heading in ("node", "incarnation", "state"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("cpus", "memory", "running", "lease left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for info in known:
+        table.add_row(
+            info.node,
+            info.incarnation,
+            "live" if info.is_live else "lost",
+            str(info.cpus),
+            f"{info.memory / 2**30:.1f} GiB",
+            str(info.running),
+            f"{max(info.lease_left, 0):.1f} s",
+        )
+    console = Console()
+    # Into a file or pipe every column comes whole, whatever width is assumed.
+    console.print(table, width=None if console.is_terminal else 200)
+    if not known:
+        print("no node has a lease", file=sys.stderr)
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    _join_fleet()
+    # Only now: the app reads its settings when it is imported.
+    from deploy import submit
+    from tasks import app
+
+    app.loader.import_default_modules()
+    return submit.run(options, app, Console(), Console(stderr=True))
+
+
+def _join_fleet() -> Settings:
+    settings = Settings.read(os.environ)
+    os.environ.update(state.join(settings, dict(os.environ)))
+    return Settings.read(os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""`./cohort up`: a fleet on this machine, for as long as this process runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from argparse import Namespace
+from types import FrameType
+
+from rich.console import Console
+
+from deploy import state
+from deploy.fleet import Fleet, describe
+from errors import Refused, SettingsError
+from tasks.settings import Settings, parse_size
+
+NODE_LIMIT = 64
+"""More nodes than this on one machine are a slip of the finger."""
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Ended(BaseException):
+    """A signal asked the fleet to end."""
+
+
+def run(options: Namespace, settings: Settings, out: Console) -> int:
+    """Start the fleet, show its parts, and end it when asked to."""
+    fleet = _describe_fleet(options, settings)
+    for number in _ENDING:
+        signal.signal(number, _raise_ended)
+    try:
+        with state.only_fleet(settings.state):
+            return _live(fleet, settings, out)
+    except _Ended:
+        return 0
+
+
+def _live(fleet: Fleet, settings: Settings, out: Console) -> int:
+    try:
+        fleet.start()
+        running = state.RunningFleet(os.getpid(), fleet.redis_url, str(fleet.root))
+        state.announce(settings.state, running)
+        for name, where in describe(fleet):
+            _tell(out, f"{name:<8} {where}")
+        _tell(out, "ready: Ctrl-C ends it")
+        return _watch(fleet, out)
+    except _Ended:
+        return _end(fleet, out)
+    finally:
+        # Whatever went wrong above, and a third Ctrl-C: nothing stays.
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        fleet.kill()
+
+
+def _tell(out: Console, line: str) -> None:
+    # For a reader in a pipe, too, a line is there when it is true.
+    out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.file.flush()
+
+
+def _describe_fleet(options: Namespace, settings: Settings) -> Fleet:
+    if not 1 <= options.nodes <= NODE_LIMIT:
+        raise Refused(f"--nodes: from 1 to {NODE_LIMIT}, not {options.nodes}")
+    try:
+        cpus = [int(word) for word in options.cpus.split(",")]
+        memory = [parse_size(word) for word in options.memory.split(",")]
+    except ValueError as error:
+        raise SettingsError(f"--cpus or --memory: {error}") from None
+    if min(cpus) < 1:
+        raise Refused("--cpus: a node has at least one")
+    return Fleet(
+        settings.state / "fleet",
+        nodes=options.nodes,
+        root=options.root or settings.root,
+        redis=options.redis,
+        cpus=cpus,
+        memory=memory,
+        beat=not options.no_beat,
+        flower=not options.no_flower,
+        flower_port=options.flower_port,
+        grace=options.grace,
+    )
+
+
+def _watch(fleet: Fleet, out: Console) -> int:
+    """Tell of parts that end by themselves, until a signal comes or Redis is gone."""
+    told: set[int] = set()
+    while True:
+        for part in fleet.parts:
+            if part.exit_code is None or part.pid in told:
+                continue
+            told.add(part.pid)
+            _tell(out, f"{part.name:<8} has ended with exit code {part.exit_code}: {part.log}")
+            if part is fleet.redis:
+                _tell(out, "without Redis there is no fleet: ending the rest")
+                return 1
+        time.sleep(0.5)
+
+
+def _end(fleet: Fleet, out: Console) -> int:
+    _tell(out, "ending the fleet; a second Ctrl-C kills it")
+    try:
+        fleet.stop()
+    except _Ended:
+        fleet.kill()
+    _tell(out, "ended")
+    return 0
+
+
+def _raise_ended(_number: int, _frame: FrameType | None) -> None:
+    raise _Ended
