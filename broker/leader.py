@@ -9,7 +9,7 @@ from broker.scripts import Scripts
 
 
 class Leadership:
-    """A candidate. It leads only while it can trust its lease, counted from when it was asked for."""
+    """A candidate. It leads only while its lease is sure, counted from when it was asked for."""
 
     def __init__(self, scripts: Scripts, duty: str, lease: float) -> None:
         self._scripts = scripts

@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 _SAFETY_POLL = 0.1
 
 _claimant: Claimant | None = None
-_key_of: Callable[[Mapping[str, Any]], str] = lambda message: ""
+_key_of: Callable[[Mapping[str, Any]], str] = lambda message: ""  # noqa: E731
 
 
 def consume_as(claimant: Claimant | None) -> None:
@@ -131,7 +131,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
         headers = message.get("headers") or {}
-        if "task" not in headers or "_publish_batch" in kwargs or queue in self.auto_delete_queues:
+        if "cohort" not in headers or "_publish_batch" in kwargs:
             super()._put(queue, message, **kwargs)
             return
         priority = self._get_message_priority(message, reverse=False)

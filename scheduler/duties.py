@@ -46,5 +46,7 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
             try:
                 if self._leadership.campaign():
                     self._reaper.run_once()
+                else:
+                    self._reaper.watch()
             except (redis.RedisError, OSError) as error:
                 logger.warning("the duties wait for Redis: %s", error)

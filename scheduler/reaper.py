@@ -30,7 +30,7 @@ class Reaper:
 
     def run_once(self) -> int:
         """One pass. How many claims went back."""
-        if not self._knows_the_server():
+        if not self.watch():
             return 0
         returned = 0
         for info in nodes.list_nodes(self._scripts.client):
@@ -42,7 +42,8 @@ class Reaper:
                 returned += claims
         return returned
 
-    def _knows_the_server(self) -> bool:
+    def watch(self) -> bool:
+        """Look at the server, as standbys do too; whether it has been there long enough."""
         try:
             run_id = str(self._scripts.client.info("server")["run_id"])
         except (redis.RedisError, OSError):

@@ -8,6 +8,7 @@ from typing import Any
 
 from celery import Celery
 from celery.schedules import crontab
+from kombu.transport import TRANSPORT_ALIASES
 
 from broker.transport import qualify_with
 from errors import SettingsError
@@ -28,7 +29,6 @@ def configuration(settings: Settings) -> dict[str, Any]:
     """Celery's configuration. What isn't named here keeps Celery's default."""
     return {
         "broker_url": settings.redis,
-        "broker_transport": "broker.transport:Transport",
         "broker_connection_retry_on_startup": True,
         "result_backend": f"tasks.results:SharedResults+{settings.redis}",
         "result_expires": settings.results_expire,
@@ -54,6 +54,9 @@ def configuration(settings: Settings) -> dict[str, Any]:
         },
     }
 
+
+# Under the scheme that Flower and every tool know. For messages of other apps it is the stock one.
+TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "broker.transport:Transport"))
 
 app = Celery("cohort", task_cls="tasks.job:JobTask", set_as_current=True)
 app.conf.update(configuration(_settings_or_exit()))

@@ -12,7 +12,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,11 +24,12 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
 
 from crashpoints import reach
-from errors import DeadLettered, Fenced, Refused
+from errors import DeadLettered, Fenced, Refused, StandAside, TryLater
 from storage.directory import Attempt, Directory
 from storage.log import Record
 from storage.worktree import WorkTree
 from tasks.progress import ProgressReport
+from tasks.results import check_size
 from tasks.run import Run
 from tasks.settings import Settings, current
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 logger = get_task_logger(__name__)
 
 _LONGEST_PAUSE = 300.0
+_STORAGE_PAUSE = 1.0
 
 
 def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -46,41 +49,32 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         return _attempt_keyless(task, args, kwargs)
 
     settings = current()
-    directory = Directory.open(_root(settings), key)
-    reach("attempt:before-snapshot")
-    earlier = directory.outcome_of(task.request.id)
+    with _storage_waited_for(task):
+        directory = Directory.open(_root(settings), key)
+        reach("attempt:before-snapshot")
+        earlier = directory.outcome_of(task.request.id)
+        base = directory.head()
     if earlier is not None:
         return _outcome_again(task, earlier)
-    base = directory.head()
-    mine = directory.begin(task.request.id, _claim_id(task), base)
+    with _storage_waited_for(task):
+        mine = directory.begin(task.request.id, _claim_id(task), base)
     reach("attempt:after-snapshot")
 
     tree = WorkTree(settings.scratch, key, _claim_id(task))
-    try:
+    with _removed(tree.remove), _cancellation() as cancelled, _ended(task, mine, cancelled):
         tree.checkout(directory, base)
         reach("attempt:after-checkout")
-        with _cancellation() as cancelled:
-            run = _run(task, tree.path, base.n, cancelled)
-            try:
-                _refuse_if_dead(task)
-                result = _call(task, run, args, kwargs)
-            except (Retry, Ignore, Reject):
-                raise  # Celery's own ways to end without an outcome.
-            except Exception as error:
-                _stop_if(cancelled)
-                if _may_retry(task, error):
-                    _retry(task, error)
-                _conclude(task, mine, error)
-                raise
-            _stop_if(cancelled)
-            reach("attempt:after-body")
-            record = _commit(task, mine, tree, result)
-            reach("attempt:after-commit")
-    finally:
-        tree.remove()
-    _after_commit(task, record)
+        result = _call(task, _run(task, tree.path, base.n, cancelled), args, kwargs)
+        _stop_if(cancelled)
+        reach("attempt:after-body")
+        record = mine.commit(tree, result, attempt=_attempt_number(task), node=settings.node)
+        reach("attempt:after-commit")
+
+    if record.claim_id != mine.claim_id:
+        return _outcome_again(task, record)
+    _after_commit(task, record.result)
     reach("attempt:after-after-commit")
-    return record.result if record.claim_id == mine.claim_id else _outcome_again(task, record)
+    return record.result
 
 
 def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -88,65 +82,84 @@ def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, An
     scratch = current().scratch
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="keyless-", dir=scratch))
-    try:
-        with _cancellation() as cancelled:
-            run = _run(task, folder, 0, cancelled)
-            try:
-                _refuse_if_dead(task)
-                result = _call(task, run, args, kwargs)
-            except (Retry, Ignore, Reject):
-                raise
-            except Exception as error:
-                _stop_if(cancelled)
-                if _may_retry(task, error):
-                    _retry(task, error)
-                raise
-            _stop_if(cancelled)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    _after_commit_of(task, result)
+    with (
+        _removed(lambda: shutil.rmtree(folder, ignore_errors=True)),
+        _cancellation() as cancelled,
+        _ended(task, None, cancelled),
+    ):
+        result = _call(task, _run(task, folder, 0, cancelled), args, kwargs)
+        _stop_if(cancelled)
+    _after_commit(task, result)
     return result
+
+
+@contextmanager
+def _removed(remove: Callable[[], object]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        remove()
+
+
+@contextmanager
+def _ended(task: JobTask, mine: Attempt | None, cancelled: threading.Event) -> Iterator[None]:
+    """What becomes of an attempt that doesn't commit: fenced, tried again, or a final failure."""
+    try:
+        yield
+    except (Retry, Ignore, Reject):
+        raise  # Celery's own ways to end without an outcome.
+    except Fenced as fence:
+        _run_again(task, fence)
+    except Exception as error:
+        _stop_if(cancelled)
+        if _may_retry(task, error):
+            _retry(task, error)
+        if mine is not None:
+            with _storage_waited_for(task):
+                _conclude(task, mine, error)
+        raise
+
+
+@contextmanager
+def _storage_waited_for(task: JobTask) -> Iterator[None]:
+    """A keyed job's outcome is a log record: while none can be written, the job waits."""
+    try:
+        yield
+    except (TryLater, StandAside) as trouble:
+        time.sleep(_STORAGE_PAUSE)
+        _run_again(task, trouble)
 
 
 def _call(task: JobTask, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     assert task.definition is not None
+    _refuse_if_dead(task)
     result = task.definition.function(run, *args, **kwargs)
     # What can't be recorded must fail before the commit, not after it.
-    return task.backend.decode(task.backend.encode(result))
-
-
-def _commit(task: JobTask, mine: Attempt, tree: WorkTree, result: Any) -> Record:
-    try:
-        return mine.commit(tree, result, attempt=_attempt_number(task), node=current().node)
-    except Fenced as fence:
-        _run_again(task, fence)
+    encoded = task.backend.encode(result)
+    check_size(encoded)
+    return task.backend.decode(encoded)
 
 
 def _conclude(task: JobTask, mine: Attempt, error: Exception) -> None:
-    """Record a final failure. If an earlier attempt had committed, that outcome is given instead."""
+    """Record a final failure, unless another attempt of this task has recorded its outcome."""
     outcome = task.backend.prepare_exception(error, serializer="json")
-    try:
-        record = mine.conclude(
-            "FAILURE", outcome, attempt=_attempt_number(task), node=current().node
-        )
-    except Fenced as fence:
-        _run_again(task, fence)
+    record = mine.conclude("FAILURE", outcome, attempt=_attempt_number(task), node=current().node)
     if record.claim_id != mine.claim_id:
         # The tracer is told on the next delivery; here a failure is already on its way out.
         raise Reject(f"{task.request.id} has an outcome already", requeue=True)
 
 
-def _run_again(task: JobTask, fence: Fenced) -> NoReturn:
-    """Another run committed on our base: no outcome, and back it goes, at no cost to its retries."""
-    logger.warning("%s[%s]: fenced: %s", task.name, task.request.id, fence)
-    raise Reject(fence, requeue=True)
+def _run_again(task: JobTask, reason: Exception) -> NoReturn:
+    """No outcome, and back it goes, at no cost to its retries."""
+    logger.warning("%s[%s] goes back: %s", task.name, task.request.id, reason)
+    raise Reject(str(reason), requeue=True) from None
 
 
 def _outcome_again(task: JobTask, record: Record) -> Any:
     """This task has its outcome. Tell it again, so that links, chains and chords are sent."""
     logger.info("%s[%s]: has its outcome in version %d", task.name, task.request.id, record.n)
     if record.state == "SUCCESS":
-        _after_commit(task, record)
+        _after_commit(task, record.result)
         return record.result
     if record.state == "REVOKED":
         task.backend.mark_as_revoked(task.request.id, "revoked", request=task.request)
@@ -155,12 +168,7 @@ def _outcome_again(task: JobTask, record: Record) -> Any:
     raise error if isinstance(error, Exception) else RuntimeError(str(record.result))
 
 
-def _after_commit(task: JobTask, record: Record) -> None:
-    if record.state == "SUCCESS":
-        _after_commit_of(task, record.result)
-
-
-def _after_commit_of(task: JobTask, result: Any) -> None:
+def _after_commit(task: JobTask, result: Any) -> None:
     assert task.definition is not None
     if task.definition.after_commit is None:
         return
@@ -255,4 +263,3 @@ def _stop_if(cancelled: threading.Event) -> None:
     if cancelled.is_set():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
-

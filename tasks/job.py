@@ -73,7 +73,7 @@ class JobTask(Task):  # type: ignore[misc]
         return super().apply_async(args, kwargs, *positional, **options)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """A plain task that was lost too often isn't tried again. Jobs check it in their attempt."""
+        """A plain task that was lost too often isn't tried again; a job's attempt checks it."""
         if self.definition is None:
             refuse_if_dead(self.request)
 
@@ -199,4 +199,3 @@ def key_of_message(app: Celery, message: Mapping[str, Any]) -> str:
     except Exception:
         # The attempt fails with the reason, in an outcome that somebody sees.
         return ""
-

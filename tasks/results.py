@@ -17,8 +17,13 @@ from typing import Any
 
 from celery import states
 from celery.backends.redis import RedisBackend
+from kombu.exceptions import EncodeError
 
 from broker.scripts import Scripts
+
+
+LARGEST_RESULT = 8 << 20
+"""Bytes of an encoded outcome."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class Outcome:
     def ends_at_ms(self) -> int:
         """When it may be dropped, in ms since the epoch; 0 for never."""
         return int((time.time() + self.expires) * 1000) if self.expires else 0
+
+
+def check_size(encoded: bytes | str) -> None:
+    """Refuse a result that is no result but data; the tracer makes it a failure of the task."""
+    if len(encoded) > LARGEST_RESULT:
+        raise EncodeError(
+            f"the result takes {len(encoded):,} bytes, more than {LARGEST_RESULT:,}: leave data in "
+            "run.directory and return where it is"
+        )
 
 
 class _Collector(threading.local):
@@ -82,12 +96,15 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
         )
         meta["task_id"] = task_id
         encoded = self.encode(meta)
+        if isinstance(encoded, str):
+            encoded = encoded.encode()
+        check_size(encoded)
         outcome = Outcome(
             task_id,
             state,
             # Celery's key, so that Celery's own client waits for it.
             self.get_key_for_task(task_id).decode(),
-            encoded.encode() if isinstance(encoded, str) else encoded,
+            encoded,
             float(self.expires or 0),
         )
         if state not in states.READY_STATES:

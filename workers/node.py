@@ -59,7 +59,9 @@ class WorkerNode:
         """The lease can't be trusted: end what has no log to fence it. It runs again elsewhere."""
         for request in list(worker_state.active_requests):
             if isinstance(request, JobRequest) and request.key is None:
-                logger.error("%s[%s]: stopped, the lease can't be renewed", request.name, request.id)
+                logger.error(
+                    "%s[%s]: stopped, the lease is lost", request.name, request.id
+                )
                 request.cancel(pool, signal="KILL", emit_retry=False)
 
     def _aside(self, act: Callable[..., None], *arguments: Any) -> None:
@@ -117,5 +119,3 @@ class WorkerNode:
             )
             request.send_event("task-failed", exception=repr(error), traceback="")
             self._writer.finish(request.claim_id)
-
-

@@ -1,4 +1,4 @@
-"""The worker's boot steps: prove the mount, take a lease, write outcomes; and leave in good order."""
+"""The worker's boot step: prove the mount, take a lease, write outcomes; leave in good order."""
 
 from __future__ import annotations
 

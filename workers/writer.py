@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from celery.utils.log import get_logger
 
 from broker.claimant import Claimant
 from crashpoints import reach
 from errors import CohortError
-from storage.segments import Entry, SegmentWriter
+from storage.segments import Entry, Kind, SegmentWriter
 from tasks.results import Outcome
 
 logger = get_logger(__name__)
@@ -36,6 +37,7 @@ class _GiveBack:
     lost: bool
 
 
+T = TypeVar("T")
 _Order = Outcome | _Finish | _GiveBack
 
 
@@ -84,10 +86,10 @@ class Writer:
             outcomes = [order for order in batch if isinstance(order, Outcome)]
             if outcomes:
                 reach("writer:before-segment")
-                self._until_done("write outcomes", lambda: self._append(outcomes))
+                self._until_done("write outcomes", self._append, outcomes)
                 reach("writer:after-segment")
             for order in batch:
-                self._until_done("tell Redis", lambda order=order: self._carry_out(order))  # type: ignore[misc]
+                self._until_done("tell Redis", self._carry_out, order)
             if is_last:
                 return
 
@@ -106,7 +108,7 @@ class Writer:
         self._segment.append(
             [
                 Entry(
-                    kind="outcome",
+                    kind=Kind.OUTCOME,
                     id=outcome.task_id,
                     expires_ms=outcome.ends_at_ms,
                     payload=outcome.meta,
@@ -125,12 +127,12 @@ class Writer:
                 logger.warning("claim %s had gone to another node already", order.claim_id)
             reach("writer:after-finish")
 
-    def _until_done(self, what: str, act: Callable[[], object]) -> None:
+    def _until_done(self, what: str, act: Callable[[T], object], subject: T) -> None:
         """Try until it works: a full disk or an absent Redis may delay an outcome, not lose it."""
         failures = 0
         while True:
             try:
-                act()
+                act(subject)
             except (CohortError, OSError, RuntimeError, ConnectionError) as error:
                 failures += 1
                 if failures in (1, 10) or failures % 100 == 0:

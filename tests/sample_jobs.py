@@ -1,0 +1,124 @@
+"""Jobs for tests: each leaves traces that tell how often and on what it ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from celery.exceptions import Ignore
+
+from errors import Refused
+from tasks import Run, app, job
+
+
+def wait_for_file(path: str, timeout: float = 60.0) -> None:
+    """A job that waits for the test to say 'go on' waits for a file."""
+    ends = time.monotonic() + timeout
+    while not Path(path).exists():
+        if time.monotonic() > ends:
+            raise TimeoutError(path)
+        time.sleep(0.02)
+
+
+@job
+def add(run: Run, a: int, b: int) -> int:
+    return a + b
+
+
+@app.task(name="tests.sample_jobs.plain_add")
+def plain_add(a: int, b: int) -> int:
+    """A plain Celery task: no job at all."""
+    return a + b
+
+
+@app.task(name="tests.sample_jobs.total")
+def total(numbers: list[int]) -> int:
+    return sum(numbers)
+
+
+@job(key="count-{name}", retries=2)
+def count(run: Run, name: str, started: str = "", go: str = "", crash: bool = False) -> Any:
+    """Counts its runs in a file, and appends to a history."""
+    file = run.directory / "count.json"
+    n = json.loads(file.read_text())["n"] if file.exists() else 0
+    if started:
+        Path(started).touch()
+    if go:
+        wait_for_file(go)
+    if crash:
+        os.kill(os.getpid(), signal.SIGKILL)
+    file.write_text(json.dumps({"n": n + 1, "task": run.task_id}))
+    with (run.directory / "history").open("a") as history:
+        history.write(f"{run.task_id} {run.version} {run.node} {run.attempt}\n")
+    return {"n": n + 1, "version": run.version, "attempt": run.attempt, "node": run.node}
+
+
+@job(key="fail-{name}", retries=1)
+def fail(run: Run, name: str, times: int) -> int:
+    """Fails for so many attempts, having soiled its directory."""
+    (run.directory / f"soiled-{run.attempt}").touch()
+    if run.attempt <= times:
+        raise ValueError(f"attempt {run.attempt} fails")
+    return run.attempt
+
+
+@job(key="refuse-{name}", retries=5)
+def refuse(run: Run, name: str) -> None:
+    raise Refused("no such thing")
+
+
+@job(key="slow-{name}", timeout="1s")
+def slow(run: Run, name: str, stubborn: bool = False) -> str:
+    """Outlives its timeout; a stubborn one ignores being told."""
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        try:
+            time.sleep(0.05)
+        except Exception:
+            if not stubborn:
+                raise
+    return "never"
+
+
+@job(key="wait-{name}")
+def wait_until_cancelled(run: Run, name: str, started: str) -> str:
+    Path(started).touch()
+    while not run.cancelled:
+        time.sleep(0.02)
+    return "discarded"
+
+
+@job(key="steps-{name}")
+def report_steps(run: Run, name: str, steps: int, go: str = "") -> int:
+    for step in range(steps):
+        run.progress(step, steps, "steps")
+    if go:
+        wait_for_file(go)
+    run.progress(steps, steps, "steps")
+    return steps
+
+
+@job
+def ignored(run: Run) -> None:
+    raise Ignore
+
+
+@job(retries=3)
+def keyless_crash(run: Run, traces: str) -> None:
+    """Dies with its process each time; leaves a trace of each delivery."""
+    (Path(traces) / run.claim_id).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@job
+def keyless_once(run: Run, traces: str, started: str = "", go: str = "") -> str:
+    (Path(traces) / run.claim_id).touch()
+    if started:
+        Path(started).touch()
+    if go:
+        wait_for_file(go)
+    return run.node
