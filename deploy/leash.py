@@ -26,6 +26,8 @@ PR_SET_CHILD_SUBREAPER = 36
 ORPHAN_GRACE = 3.0
 """What the command gets at most once the owner is gone: nobody waits for it any more."""
 
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
 
 def descendants(ancestor: int) -> list[int]:
     """The processes below this one, parents before children, as /proc shows them now."""
@@ -56,8 +58,11 @@ def _prctl(option: int, value: int) -> None:
 
 def _start(command: list[str], owner: socket.socket) -> int:
     leash = os.getpid()
+    # A SIGTERM on the way from fork to exec waits until the command can take it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         return pid
     try:
         owner.close()
@@ -66,8 +71,9 @@ def _start(command: list[str], owner: socket.socket) -> int:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != leash:
             os._exit(1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in _HANDLED:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         os.execvp(command[0], command)
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)

@@ -22,7 +22,10 @@ _LEASH = [sys.executable, "-I", "-S", leash.__file__]
 
 
 class Part:
-    """A running part. Ending it, by any way, ends everything that it has started."""
+    """A running part. Ending it, by any way, ends everything that it has started.
+
+    It runs for as long as this object is held.
+    """
 
     def __init__(
         self,
