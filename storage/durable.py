@@ -30,7 +30,7 @@ PAUSES = (0.01, 0.05, 0.2, 1.0)
 def create(path: Path, data: bytes) -> None:
     """A new file holding exactly `data`, durable with its name when this returns."""
     with _new_file(path) as target:
-        _write_all(target, data)
+        write_all(target, data)
         _make_durable(target, path, len(data))
     sync_directory(path.parent)  # a local disk may lose the name of a file that it keeps
 
@@ -55,10 +55,17 @@ def copy_bytes(reading: int, writing: int, source: Path) -> tuple[int, str]:
     """Copy between descriptors; the length and SHA-256 of what was read."""
     digest, length = hashlib.sha256(), 0
     while chunk := _read_source(reading, source):
-        _write_all(writing, chunk)
+        write_all(writing, chunk)
         digest.update(chunk)
         length += len(chunk)
     return length, digest.hexdigest()
+
+
+def write_all(target: int, data: bytes) -> None:
+    """Write all of it, however little the system takes at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(target, rest) :]
 
 
 def make_directory(path: Path) -> bool:
@@ -98,7 +105,7 @@ def replace_hint(path: Path, data: bytes, by_way_of: Path) -> None:
     """
     with suppress(OSError, CohortError):
         with _new_file(by_way_of) as target:
-            _write_all(target, data)
+            write_all(target, data)
         os.rename(by_way_of, path)
 
 
@@ -190,12 +197,6 @@ def _new_file(path: Path) -> Iterator[int]:
             with suppress(OSError):
                 os.unlink(path)
             raise
-
-
-def _write_all(target: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(target, rest) :]
 
 
 def _make_durable(target: int, path: Path, length: int) -> None:

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from errors import Refused, Unavailable
+from errors import Refused
 from storage import durable, sealed
 from storage.keys import check_name
 
 MAGIC = b"cohort segment 1\n"
 ROLL_AT = 64 << 20
-LARGEST = 16 << 20  # of one entry's payload
+LARGEST = 1 << 30  # payload of an entry
 _HEAD = struct.Struct("<II")
 _GUARD = struct.Struct("<I")
 _BODY = struct.Struct("<BQH")
@@ -86,8 +86,7 @@ class SegmentWriter:
             self._open_next()
         try:
             with durable.reporting(self.folder):
-                if os.write(self._file, data) != len(data):
-                    raise Unavailable(f"{self.path}: only a part was written")
+                durable.write_all(self._file, data)
                 os.fsync(self._file)
         except BaseException:
             self.close()  # what is at the end is torn or unknown: nothing may follow it
