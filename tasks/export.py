@@ -27,7 +27,7 @@ def publish_manifest(result: dict[str, Any]) -> None:
     manifests.publish(result)
 
 
-@job(
+@job(  # type: ignore[untyped-decorator]
     key="export-{source}-{table}",
     cpus=1,
     memory="2 GiB",
@@ -52,7 +52,7 @@ def export(
     compression: str = "zstd",
     patience: str | float = "1m",
 ) -> dict[str, Any]:
-    """Export `table` (or `query`, under the name `table`) of `source` to `to`; returns the manifest.
+    """Export `table` (or `query`, by the name `table`) of `source` to `to`; returns the manifest.
 
     `mode="incremental"` exports the rows that are new since the last run by `column`, again from
     `lookback` below it. Raises `errors.Refused` for what can't be done as asked,
@@ -76,7 +76,7 @@ def export(
     return run_export(run, request, current().sources)
 
 
-@job(cpus=1)
+@job(cpus=1)  # type: ignore[untyped-decorator]
 def export_daily(run: Run) -> list[str]:
     """Submit one export for each `[[exports]]` of the settings; returns their task ids.
 

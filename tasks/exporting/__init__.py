@@ -2,7 +2,7 @@
 
 `request`    what was asked for, checked.
 `columns`    what a column is, and how its values become Arrow's.
-`sources`    one consistent snapshot of a database; `sqlite`, `postgres` and `generic` are its kinds.
+`sources`    one consistent snapshot of a database: `sqlite`, `postgres` or `generic`.
 `reasons`    what went wrong with a database or S3, in words without secrets; and patience.
 `state`      what the job directory remembers between runs.
 `bucket`     the few S3 operations that are needed; `parts` writes Parquet through them.

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import boto3.session
@@ -84,10 +85,9 @@ class Bucket:
 
     def abort(self, key: str, upload_id: str) -> None:
         with s3_errors(f"s3://{self.name}/{key}"):
-            try:
+            # NoSuchUpload: it has ended in the meantime.
+            with suppress(self._client.exceptions.NoSuchUpload):
                 self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload_id)
-            except self._client.exceptions.NoSuchUpload:
-                pass  # it has ended in the meantime
 
     def open(self, key: str, part_size: int) -> Upload:
         return Upload(self._client, self.name, key, part_size)

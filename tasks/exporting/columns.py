@@ -103,9 +103,9 @@ def array_of(column: Column, values: Sequence[Any], row_key: Callable[[int], str
 
 def misfit(column: Column, row: str, value: str) -> Refused:
     return Refused(
-        f'column "{column.name}" ({column.declared or "no declared type"}), {row}: it holds {value} '
-        f"that isn't a {type_name(column.type)}; nothing was published. Correct the row, or export "
-        "a query that converts it"
+        f'column "{column.name}" ({column.declared or "no declared type"}), {row}: it holds '
+        f"{value} that isn't a {type_name(column.type)}; nothing was published. Correct the row, "
+        "or export a query that converts it"
     )
 
 
@@ -287,8 +287,8 @@ def lookback_of(column: Column, value: str | float | None) -> float:
     if pa.types.is_temporal(column.type):
         return parse_span(value)
     raise Refused(
-        f'lookback={value!r}: column="{column.name}" is a number ({column.declared}), so its lookback '
-        "is a number too"
+        f'lookback={value!r}: column="{column.name}" is a number ({column.declared}), so its '
+        "lookback is a number too"
     )
 
 

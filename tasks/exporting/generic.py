@@ -54,7 +54,7 @@ class GenericSource:
     def snapshot(self, table: str, query: str | None) -> Iterator[GenericSnapshot]:
         if query is not None:
             raise Refused(
-                f"source {self._name!r}: query= works on SQLite and PostgreSQL; make a view of it here"
+                f"source {self._name!r}: query= works on SQLite and PostgreSQL; here, make a view"
             )
         with self._engine.connect() as connection:
             level = cast(IsolationLevel, self._isolation)
@@ -118,10 +118,10 @@ class GenericSnapshot:
             while rows := result.fetchmany(size):
 
                 def name_row(index: int, rows: Any = rows, done: int = done) -> str:
-                    values = dict(zip(schema.names, rows[index]))
+                    values = dict(zip(schema.names, rows[index], strict=True))
                     return row_name(key or self.primary_key, values, done + index + 1)
 
-                vectors = zip(self.columns, zip(*rows))
+                vectors = zip(self.columns, zip(*rows, strict=True), strict=True)
                 arrays = [col.array_of(column, values, name_row) for column, values in vectors]
                 batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
                 done += len(rows)
@@ -150,6 +150,6 @@ def arrow_type(type_: sa.types.TypeEngine[Any]) -> pa.DataType | None:
         return pa.date32()
     if isinstance(type_, sa.Time):
         return None if type_.timezone else col.TIME
-    if isinstance(type_, sa.LargeBinary) or isinstance(type_, sa.types._Binary):
+    if isinstance(type_, (sa.LargeBinary, sa.types._Binary)):
         return pa.binary()
     return pa.string() if isinstance(type_, sa.String) else None

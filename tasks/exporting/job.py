@@ -23,7 +23,7 @@ from tasks.run import Run
 
 
 def run_export(run: Run, request: Request, sources: Mapping[str, str]) -> dict[str, Any]:
-    """Export what `request` says; returns the manifest. Leaves the next state in `run.directory`."""
+    """Export what `request` says, leave the next state in the directory, return the manifest."""
     source = open_source(request.source, sources)
     state = State.read(run.directory, request)
 
@@ -112,9 +112,9 @@ class _Export:
             # Without rows there is no bound: the watermark stays what it was.
             return self._finish(snapshot, self._empty(snapshot), (column, key, last, low))
         # Rows may have been deleted: the watermark never moves back.
-        mark = top if last is None else max(last, top)  # type: ignore[type-var]
+        mark = top if last is None else max(last, top)
         edge = col.minus(mark, lookback)
-        edge = edge if low is None else max(low, edge)  # type: ignore[type-var]
+        edge = edge if low is None else max(low, edge)
         seen = Seen(
             self._run.directory,
             key,

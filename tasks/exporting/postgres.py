@@ -98,11 +98,12 @@ class _Description:
         with catalog.transaction():
             # A query that writes is refused here, before its first row.
             catalog.execute("SET TRANSACTION READ ONLY")
-            result = catalog.execute(f"SELECT * FROM {self.relation} LIMIT 0")  # type: ignore[call-overload]
+            result = catalog.execute(f"SELECT * FROM {self.relation} LIMIT 0")
             described = result.description or []
             explained = catalog.execute(
-                f"EXPLAIN (FORMAT JSON) SELECT * FROM {self.relation}"  # type: ignore[call-overload]
+                f"EXPLAIN (FORMAT JSON) SELECT * FROM {self.relation}"
             ).fetchone()
+        assert explained is not None
         self.estimate = int(explained[0][0]["Plan"]["Plan Rows"])
         self._resolve(source, table, described, not_null)
 
@@ -222,7 +223,7 @@ class PostgresSnapshot:
 
                 arrays = [
                     self._finished(column, array, name_row)
-                    for column, array in zip(self.columns, raw.columns)
+                    for column, array in zip(self.columns, raw.columns, strict=True)
                 ]
                 done += raw.num_rows
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)

@@ -153,14 +153,13 @@ def patiently(
         try:
             return action()
         except Unavailable as error:
-            left = end - time.monotonic()
-            if left <= 0 or cancelled():
-                final = Unavailable(f"{error} (tried {tries} times in {patience:g} s)")
-                break
-            log.warning("%s; trying again", error)
+            reason = str(error)
+        left = end - time.monotonic()
+        if left <= 0 or cancelled():
+            raise Unavailable(f"{reason} (tried {tries} times in {patience:g} s)")
+        log.warning("%s; trying again", reason)
         time.sleep(min(left, pause * random.uniform(0.75, 1.25)))
         pause = min(pause * 2, 10.0)
-    raise final
 
 
 def stop_if(cancelled: bool) -> None:

@@ -53,7 +53,7 @@ def table_folder(to: object, table: object) -> tuple[str, str]:
     if match is None:
         raise Refused(f"to={to!r}: expected s3://bucket or s3://bucket/prefix")
     prefix = (match[2] or "").strip("/")
-    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
+    if prefix and any(part in ("", ".", "..") for part in prefix.split("/")):
         raise Refused(f"to={to!r}: the prefix has an empty part, '.' or '..'")
     if not isinstance(table, str) or not re.fullmatch(r"[^/\x00-\x1f\x7f]{1,200}", table):
         raise Refused(f"table={table!r}: expected a name without '/' of at most 200 characters")
@@ -94,7 +94,7 @@ def checked(
     if query is not None and not query.strip().rstrip(";").strip():
         raise Refused("query=: it is empty")
     key = (primary_key,) if isinstance(primary_key, str) else primary_key
-    if key is not None and (not key or not all(isinstance(name, str) and name for name in key)):
+    if key is not None and not (key and all(_text(name) for name in key)):
         raise Refused(f"primary_key={primary_key!r}: expected a column name or a list of them")
     return Request(
         table=table,
@@ -120,6 +120,10 @@ def _one_of(name: str, value: object, known: Sequence[str]) -> None:
         raise Refused(f"{name}={value!r}: expected one of {', '.join(known)}")
 
 
+def _text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -132,7 +136,7 @@ def _span(name: str, value: object) -> float:
 
 
 def _lookback(value: str | float | None) -> str | float | None:
-    if value is None or (isinstance(value, (int, float)) and value is not True and value >= 0):
+    if value is None or value == 0 or (not isinstance(value, str) and value > 0):
         return value
     _span("lookback", value)
     return value

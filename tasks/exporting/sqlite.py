@@ -190,11 +190,11 @@ class SqliteSnapshot:
             f"SELECT {key} FROM {self._relation} WHERE {strange} LIMIT 1", values
         ).fetchone()
         if found is not None:
-            row = row_name(self.primary_key, dict(zip(self.primary_key, found)), 0)
+            row = row_name(self.primary_key, dict(zip(self.primary_key, found, strict=True)), 0)
             where = f" ({row})" if self.primary_key else ""
             raise Refused(
-                f'column="{column.name}" is written in several forms{where}, so SQLite can\'t order '
-                f"it: use one form throughout, such as {top!r}"
+                f'column="{column.name}" is written in several forms{where}, so SQLite can\'t '
+                f"order it: use one form throughout, such as {top!r}"
             )
 
     def _literal(self, mark: Mark) -> Any:
@@ -269,10 +269,10 @@ class SqliteSnapshot:
         self, rows: Sequence[tuple[Any, ...]], schema: pa.Schema, key: tuple[str, ...], done: int
     ) -> pa.RecordBatch:
         def name_row(index: int) -> str:
-            values = dict(zip(schema.names, rows[index]))
+            values = dict(zip(schema.names, rows[index], strict=True))
             return row_name(key or self.primary_key, values, done + index + 1)
 
-        vectors = zip(self.columns, zip(*rows))
+        vectors = zip(self.columns, zip(*rows, strict=True), strict=True)
         arrays = [col.array_of(column, values, name_row) for column, values in vectors]
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 

@@ -65,11 +65,11 @@ class State:
             damage = f"{type(error).__name__}: {error}"
         else:
             ours = [request.source, request.table, request.to]
-            for name, theirs, mine in zip(("source", "table", "to"), identity, ours):
+            for name, theirs, mine in zip(("source", "table", "to"), identity, ours, strict=True):
                 if theirs != mine:
                     raise Refused(
-                        f"this job's directory holds the export of {name}={theirs!r}, not {mine!r}: "
-                        "give the other export a job key of its own"
+                        f"this job's directory holds the export of {name}={theirs!r}, not "
+                        f"{mine!r}: give the other export a job key of its own"
                     )
             return state
         raise Damaged(f"{_STATE} in the job directory isn't what an export wrote ({damage})")
@@ -177,7 +177,7 @@ class Seen:
         self._writer.write_table(pairs)
 
     def finish(self) -> None:
-        """Replace the remembered rows. The directory itself is committed by whoever runs the job."""
+        """Replace the remembered rows; the directory is committed by whoever runs the job."""
         for kept in self._kept():
             self._write(kept)
         if self._writer is None:
