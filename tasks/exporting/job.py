@@ -181,6 +181,7 @@ class _Export:
         self, snapshot: Snapshot, parts: Parts, incremental: tuple[Any, ...] | None
     ) -> dict[str, Any]:
         run, request, state = self._run, self._request, self._state
+        since = None if incremental is None or self._starts_over else state.edge
         state.columns = col.describe(snapshot.columns)
         state.column, state.primary_key, state.watermark, state.edge = None, (), None, None
         if incremental is not None:
@@ -204,6 +205,7 @@ class _Export:
             "bytes": sum(done.bytes for done in parts.objects),
             "schema": state.columns,
             "column": state.column,
+            "since": since,
             "watermark": state.watermark,
         }
         state.write(run.directory, request)
