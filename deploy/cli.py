@@ -2,6 +2,8 @@
 
 Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 the command line is wrong,
 130 interrupted.
+
+`tasks` is imported late: its app reads the settings, and a wrong one must end in one line.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import redis
 from rich.console import Console
@@ -22,7 +25,9 @@ from broker import server
 from broker.nodes import list_nodes
 from deploy import state
 from errors import CohortError, Unavailable
-from tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from tasks.settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _up(options: argparse.Namespace) -> int:
     from deploy import up
+    from tasks.settings import Settings
 
     return up.run(options, Settings.read(os.environ), Console())
 
@@ -149,8 +155,13 @@ def _nodes(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    _join_fleet()
-    # Only now: the app reads its settings when it is imported.
+    before = dict(os.environ)
+    settings = _join_fleet()
+    if os.environ != before:
+        # The app has read its settings already. A new start is the one sure way to change them.
+        os.execv(sys.executable, sys.orig_argv)
+    with contextlib.closing(server.connect(settings.redis)) as client:
+        server.check(client, settings.redis)
     from deploy import submit
     from tasks import app
 
@@ -159,8 +170,20 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _join_fleet() -> Settings:
+    from tasks.settings import Settings
+
     settings = Settings.read(os.environ)
-    os.environ.update(state.join(settings, dict(os.environ)))
+    if "COHORT_REDIS" in os.environ or settings.redis != Settings.redis:
+        return settings
+    fleet = state.find(settings.state)
+    if fleet is None:
+        raise Unavailable(
+            "no fleet is running here: start one with `./cohort up`, or set COHORT_REDIS to the "
+            "Redis of one elsewhere"
+        )
+    os.environ["COHORT_REDIS"] = fleet.redis
+    if settings.root is None:
+        os.environ["COHORT_ROOT"] = fleet.root
     return Settings.read(os.environ)
 
 

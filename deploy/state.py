@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from errors import Refused, Unavailable
-from tasks.settings import Settings
+from errors import Refused
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,6 @@ def find(state: Path) -> RunningFleet | None:
     except OSError:
         return None
     return None
-
-
-def join(settings: Settings, environ: dict[str, str]) -> dict[str, str]:
-    """The settings to add so that this process talks to the fleet: none if Redis is named."""
-    if "COHORT_REDIS" in environ or settings.redis != Settings.redis:
-        return {}
-    fleet = find(settings.state)
-    if fleet is None:
-        raise Unavailable(
-            "no fleet is running here: start one with `./cohort up`, or set COHORT_REDIS to the "
-            "Redis of one elsewhere"
-        )
-    found = {"COHORT_REDIS": fleet.redis}
-    if settings.root is None:
-        found["COHORT_ROOT"] = fleet.root
-    return found
 
 
 def _read(state: Path) -> RunningFleet | None:

@@ -33,7 +33,7 @@ def run(options: Namespace, app: Celery, out: Console, err: Console) -> int:
     try:
         result = app.tasks[name].apply_async(args, kwargs)
     except TypeError as error:
-        raise Refused(f"{name}: {error}") from None
+        raise Refused(str(error)) from None
     except (OperationalError, redis.RedisError, OSError) as error:
         raise Unavailable(f"Redis doesn't take the job: {type(error).__name__}") from None
     if not options.wait:
