@@ -1,8 +1,8 @@
 """The named places where a test may kill the process: the steps of an attempt, before and after.
 
-`COHORT_CRASH=<name>@<file>` makes the first process that reaches the point and can create the file
-die there by SIGKILL, once. Without that variable a point costs one look at the environment.
-A point that isn't listed here doesn't exist: the list is what the tests walk through.
+`COHORT_CRASH` names a folder. A file there with a point's name arms it: the first process that
+reaches the point takes the file away and dies by SIGKILL. Without the variable a point costs one
+look at the environment. A point that isn't listed here doesn't exist: tests walk through the list.
 """
 
 import os
@@ -43,15 +43,11 @@ def reach(name: str) -> None:
     assert name in POINTS, f"unknown crash point {name!r}"
     if on_reach is not None:
         on_reach(name)
-    order = os.environ.get("COHORT_CRASH")
-    if not order:
-        return
-    wanted, _, once = order.partition("@")
-    assert wanted in POINTS and once, f"COHORT_CRASH={order!r} isn't <crash point>@<file>"
-    if wanted != name:
+    armed = os.environ.get("COHORT_CRASH")
+    if not armed:
         return
     try:
-        os.close(os.open(once, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-    except FileExistsError:
+        os.unlink(os.path.join(armed, name))
+    except FileNotFoundError:
         return
     os.kill(os.getpid(), signal.SIGKILL)

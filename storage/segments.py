@@ -130,7 +130,10 @@ class Segment:
             sealed.damaged(self.path, "the segment is missing")
         if not data.startswith(MAGIC[: len(data)]):
             sealed.damaged(self.path, "this is no segment, or of a format not known here")
-        at = len(MAGIC) if len(data) >= len(MAGIC) else 0
+        if len(data) < len(MAGIC):
+            self.torn_at = 0 if data else None
+            return
+        at = len(MAGIC)
         while at < len(data):
             end = self._end_of_entry(data, at)
             if end is None:

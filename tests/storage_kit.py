@@ -48,6 +48,16 @@ def write(name: str, text: str) -> Body:
     return lambda tree: (tree / name).write_text(text)
 
 
+def both(*bodies: Body) -> Body:
+    """A body that does one thing after the other."""
+
+    def body(tree: Path) -> None:
+        for each in bodies:
+            each(tree)
+
+    return body
+
+
 def contents(version: Version) -> dict[str, bytes]:
     """The files of a version, read from where they lie."""
     return {

@@ -17,7 +17,7 @@ from storage import durable
 from storage.directory import Directory, conclude_for
 from storage.log import Record
 from storage.worktree import WorkTree
-from tests.storage_kit import Crash, contents, files_below, run, write
+from tests.storage_kit import Crash, both, contents, files_below, run, write
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def test_a_run_finds_what_the_last_one_left(root: Path, scratch: Path) -> None:
     directory = Directory.open(root, "k")
     assert (directory.head().n, directory.head().manifest.files) == (0, ())
     first = run(root, scratch, "t1", write("a", "1"), result={"rows": 1})
-    found = []
+    found: list[str] = []
     second = run(
         root,
         scratch,
         "t2",
-        lambda tree: (found.append((tree / "a").read_text()), write("b", "2")(tree)),
+        both(lambda tree: found.append((tree / "a").read_text()), write("b", "2")),
     )
     assert found == ["1"]
     assert contents(directory.head()) == {"a": b"1", "b": b"2"}
@@ -322,8 +322,8 @@ def test_a_missing_manifest_is_reported_by_name(root: Path, scratch: Path) -> No
         (lambda path: damage(path, lambda d: d[:-1]), "isn't what was committed as 'a'"),
         (lambda path: damage(path, lambda d: b"X" + d[1:]), "isn't what was committed as 'a'"),
         (lambda path: path.unlink(), "a stored file is missing"),
-        (lambda path: (path.unlink(), path.mkdir()), "should be a plain file"),
-        (lambda path: (path.unlink(), path.symlink_to("/etc/passwd")), "should be a plain file"),
+        (both(Path.unlink, Path.mkdir), "should be a plain file"),
+        (both(Path.unlink, lambda path: path.symlink_to("/etc/passwd")), "should be a plain file"),
     ],
 )
 def test_a_damaged_stored_file_is_reported_by_name(
@@ -403,7 +403,7 @@ def test_a_crash_leaves_the_old_version_or_the_new_one(
     with monkeypatch.context() as patch:
         patch.setattr(crashpoints, "on_reach", crash)
         with pytest.raises(Crash):
-            run(root, scratch, "t2", lambda tree: (write("a", "2")(tree), write("b", "2")(tree)))
+            run(root, scratch, "t2", both(write("a", "2"), write("b", "2")))
     directory = Directory.open(root, "k")
     committed = point in ("commit:after-link", "commit:head-written")
     outcome = directory.outcome_of("t2")
@@ -418,7 +418,7 @@ def test_stored_content_never_changes(root: Path, scratch: Path) -> None:
     for n in range(3):
         run(root, scratch, f"t{n}", write("a", str(n)))
     before = {name: data for name, data in files_below(root).items() if not name.endswith("HEAD")}
-    run(root, scratch, "t9", lambda tree: (write("a", "9")(tree), write("b", "9")(tree)))
+    run(root, scratch, "t9", both(write("a", "9"), write("b", "9")))
     end(root, "t10")
     after = files_below(root)
     assert {name: after[name] for name in before} == before

@@ -7,7 +7,7 @@ import pytest
 from errors import InvalidKey, Refused
 from storage.keys import check_key, check_name
 
-GOOD = ["export-customers", "a", "ü" * 100, "x" * 200, "a.b", "2026-01-01T00:00", "t\u00e4glich \U0001d518"]
+GOOD = ["export-customers", "a", "ü" * 100, "x" * 200, "a.b", "2026-01-01T00:00", "\U0001f989"]
 BAD = {
     "": "empty",
     "a/b": "contains '/'",

@@ -1,0 +1,369 @@
+"""A work tree: what survives the way into a version and out, and what doesn't and is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from errors import Damaged, Refused
+from storage import manifest, sealed
+from storage.directory import Attempt, Directory
+from storage.log import Reference
+from storage.manifest import File, Folder, Manifest, Symlink
+from storage.worktree import WorkTree
+from tests.storage_kit import both, contents, run, write
+
+YEAR_2001 = 1_000_000_000_123_456_789
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    return tmp_path / "scratch"
+
+
+def start(root: Path, scratch: Path, task_id: str) -> tuple[Attempt, WorkTree]:
+    directory = Directory.open(root, "k")
+    attempt = directory.begin(task_id, f"c-{task_id}", directory.head())
+    tree = WorkTree(scratch, "k", f"c-{task_id}")
+    tree.checkout(directory, attempt.base)
+    return attempt, tree
+
+
+def shape(tree: Path) -> dict[str, object]:
+    """Everything that a checkout promises to bring back, by path."""
+    found: dict[str, object] = {}
+    for folder, folders, files in os.walk(tree):
+        for name in folders + files:
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            key = os.path.relpath(path, tree)
+            if stat.S_ISLNK(status.st_mode):
+                found[key] = ("link", os.readlink(path))
+            else:
+                what = Path(path).read_bytes() if stat.S_ISREG(status.st_mode) else "folder"
+                found[key] = (what, oct(status.st_mode & 0o7777), status.st_mtime_ns)
+    return found
+
+
+def fill(tree: Path) -> None:
+    """A tree with everything in it that a version can hold."""
+    (tree / "empty").mkdir()
+    (tree / "deep/er/still").mkdir(parents=True)
+    (tree / "deep/er/still/file").write_bytes(os.urandom(2_000_000))
+    (tree / "script.sh").write_text("#!/bin/sh\n")
+    (tree / "script.sh").chmod(0o755)
+    (tree / "secret").write_text("secret")
+    (tree / "secret").chmod(0o400)
+    (tree / "nothing").touch()
+    (tree / "nothing").chmod(0)
+    for name in (
+        b"caf\xe9 latin-1",
+        b"\xff\xfe",
+        "ü 🦉".encode(),
+        b"new\nline",
+        b"-rf",
+        b"a\\b",
+        b" ",
+    ):
+        Path(os.fsdecode(os.fsencode(tree) + b"/" + name)).write_bytes(name)
+    (tree / "inside").symlink_to("deep/er/still/file")
+    (tree / "outside").symlink_to("/etc/passwd")
+    (tree / "up").symlink_to("../../../..")
+    (tree / "dangling").symlink_to(os.fsdecode(b"no\xffwhere"))
+    (tree / "to-folder").symlink_to("deep")
+    os.utime(tree / "script.sh", ns=(YEAR_2001, YEAR_2001))
+    (tree / "sealed").mkdir()
+    (tree / "sealed/in").touch()
+    (tree / "sealed").chmod(0o500)
+    os.utime(tree / "deep/er", ns=(YEAR_2001, YEAR_2001))
+
+
+def test_a_version_is_the_tree_exactly(root: Path, scratch: Path) -> None:
+    seen: list[dict[str, object]] = []
+    run(root, scratch, "t1", both(fill, lambda tree: seen.append(shape(tree))))
+    run(root, scratch, "t2", lambda tree: seen.append(shape(tree)))
+    assert seen[0] == seen[1]
+    assert seen[0]["outside"] == ("link", "/etc/passwd")
+    assert len(seen[0]) == 22
+    directory = Directory.open(root, "k")
+    assert directory.head().manifest == directory.version(1).manifest
+    assert list(scratch.iterdir()) == [scratch / "k"]
+    assert list((scratch / "k").iterdir()) == []
+
+
+def test_what_a_version_can_t_hold_is_left_out_and_named(root: Path, scratch: Path) -> None:
+    attempt, tree = start(root, scratch, "t1")
+    os.mkfifo(tree.path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = os.getcwd()
+        os.chdir(tree.path)  # the path of a socket must be short
+        try:
+            listening.bind("socket")
+        finally:
+            os.chdir(here)
+    write("program", "x")(tree.path)
+    (tree.path / "program").chmod(0o4755)
+    (tree.path / "shared").mkdir()
+    (tree.path / "shared").chmod(0o3777)
+    attempt.commit(tree, None, attempt=1, node="n")
+    assert [(entry.path, entry.what) for entry in attempt.left_out] == [
+        ("fifo", "FIFO"),
+        ("program", "set-uid bit"),
+        ("shared", "set-gid bit"),
+        ("shared", "sticky bit"),
+        ("socket", "socket"),
+    ]
+    assert Directory.open(root, "k").head().manifest.left_out == attempt.left_out
+    seen: list[dict[str, object]] = []
+    run(root, scratch, "t2", lambda tree: seen.append(shape(tree)))
+    assert sorted(seen[0]) == ["program", "shared"]
+    assert seen[0]["program"][1] == "0o755"  # type: ignore[index]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")
+def test_a_device_is_left_out_and_named(root: Path, scratch: Path) -> None:
+    attempt, tree = start(root, scratch, "t1")
+    try:
+        os.mknod(tree.path / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("not allowed in this container")
+    attempt.commit(tree, None, attempt=1, node="n")
+    assert [entry.what for entry in attempt.left_out] == ["character device"]
+
+
+def rewrite_in_place(path: Path) -> None:
+    """The same length, and the mtime put back: only the kernel's ctime tells."""
+    before = os.stat(path)
+    with open(path, "r+b") as file:
+        file.write(b"X")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+TOUCHES: dict[str, Callable[[Path], object]] = {
+    "appended": lambda path: path.open("a").write("x"),
+    "rewritten": rewrite_in_place,
+    "chmod": lambda path: path.chmod(0o600),
+    "utime": lambda path: os.utime(path, ns=(5, 5)),
+    "replaced": lambda path: (
+        path.with_name("n").write_text("abc"),
+        path.with_name("n").rename(path),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", TOUCHES)
+def test_a_touched_file_is_seen(how: str, root: Path, scratch: Path) -> None:
+    run(root, scratch, "t1", lambda tree: [write(f"f{n}", "abc")(tree) for n in range(5)])
+    _, tree = start(root, scratch, "t2")
+    assert tree.changes().touched == frozenset()
+    TOUCHES[how](tree.path / "f3")
+    assert tree.changes().touched == {"f3"}
+
+
+def test_a_rewrite_right_after_the_checkout_is_seen(root: Path, scratch: Path) -> None:
+    """A file system's clock ticks every few ms: what comes within the tick must show, too."""
+    run(root, scratch, "t0", write("f", "abc"))
+    for n in range(1, 30):
+        run(root, scratch, f"t{n}", lambda tree: rewrite_in_place(tree / "f"))
+        head = Directory.open(root, "k").head()
+        assert head.manifest.files[0].stored.startswith(f"runs/t{n}/")
+
+
+def test_what_wasn_t_touched_isn_t_read(root: Path, scratch: Path) -> None:
+    run(root, scratch, "t1", both(write("a", "1"), write("b", "1")))
+    attempt, tree = start(root, scratch, "t2")
+    write("b", "2")(tree.path)
+    opened: list[str] = []
+    real = os.open
+
+    def noting(path: str, *args: int, **kwargs: int) -> int:
+        opened.append(os.fspath(path))
+        return real(path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", noting)
+        attempt.commit(tree, None, attempt=1, node="n")
+    assert str(tree.path / "b") in opened
+    assert str(tree.path / "a") not in opened
+
+
+def gone(tree: Path) -> None:
+    (tree / "a").unlink()
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "grew": lambda tree: (tree / "a").open("a").write("more"),
+    "shrank": lambda tree: os.truncate(tree / "a", 1),
+    "rewritten": lambda tree: rewrite_in_place(tree / "a"),
+    "gone": gone,
+    "a link now": both(gone, lambda tree: (tree / "a").symlink_to("/etc/passwd")),
+    "a FIFO now": both(gone, lambda tree: os.mkfifo(tree / "a")),
+    "a new one": lambda tree: (tree / "new").touch(),
+    "an untouched one": lambda tree: (tree / "old").write_text("!"),
+    "a folder gone": lambda tree: (tree / "folder").rmdir(),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_tree_that_changes_while_it_is_committed_is_refused(
+    how: str, after: int, root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(root, scratch, "t1", both(write("old", "1"), lambda tree: (tree / "folder").mkdir()))
+    attempt, tree = start(root, scratch, "t2")
+    for name in ("0", "a", "b"):
+        write(name, "content")(tree.path)
+    real, copied = Attempt._copy, [0]
+
+    def interfering(self: Attempt, of: WorkTree, path: str, target: Path) -> tuple[int, str]:
+        if copied[0] == after * 2:  # before the first file, "0", or after "a" was read
+            CHANGES[how](of.path)
+        copied[0] += 1
+        return real(self, of, path, target)
+
+    monkeypatch.setattr(Attempt, "_copy", interfering)
+    with pytest.raises(
+        Refused, match=r"changed while it was committed|can't be committed|went away"
+    ):
+        attempt.commit(tree, None, attempt=1, node="n")
+    assert copied[0] >= 1
+    directory = Directory.open(root, "k")
+    assert (directory.head().n, directory.outcome_of("t2")) == (1, None)
+    assert attempt.conclude("FAILURE", "it changed", attempt=1, node="n").n == 2
+    assert contents(directory.head()) == {"old": b"1"}
+
+
+def test_a_tree_of_another_version_isn_t_committed(root: Path, scratch: Path) -> None:
+    _, tree = start(root, scratch, "t1")
+    run(root, scratch, "t2", write("a", "1"))
+    directory = Directory.open(root, "k")
+    attempt = directory.begin("t3", "c", directory.head())
+    with pytest.raises(Refused, match="holds version 0, not 1"):
+        attempt.commit(tree, None, attempt=1, node="n")
+
+
+def test_a_tree_belongs_to_one_attempt(root: Path, scratch: Path) -> None:
+    attempt, tree = start(root, scratch, "t1")
+    write("a", "1")(tree.path)
+    with pytest.raises(Refused, match="exists; a work tree has one attempt"):
+        WorkTree(scratch, "k", "c-t1").checkout(attempt.directory, attempt.base)
+    assert (tree.path / "a").read_text() == "1"
+
+
+def test_two_attempts_of_a_key_have_trees_of_their_own(root: Path, scratch: Path) -> None:
+    _, one = start(root, scratch, "t1")
+    _, two = start(root, scratch, "t2")
+    write("a", "1")(one.path)
+    assert os.listdir(two.path) == []
+    one.remove()
+    assert two.path.is_dir()
+
+
+def test_remove_takes_away_what_the_run_sealed_and_follows_no_link(
+    root: Path, scratch: Path
+) -> None:
+    outside = scratch.parent / "outside"
+    outside.mkdir(mode=0o711)
+    write("keep", "1")(outside)
+    _, tree = start(root, scratch, "t1")
+    (tree.path / "sealed/deep").mkdir(parents=True)
+    (tree.path / "sealed").chmod(0)
+    (tree.path / "link").symlink_to(outside)
+    tree.remove()
+    assert not tree.path.exists()
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o711
+    assert (outside / "keep").read_text() == "1"
+    tree.remove()
+
+
+def test_two_threads_may_start_trees_of_one_key(root: Path, scratch: Path) -> None:
+    directory = Directory.open(root, "k")
+    failed = []
+
+    def many(name: str) -> None:
+        for n in range(50):
+            tree = WorkTree(scratch, "k", f"{name}-{n}")
+            try:
+                tree.checkout(directory, directory.head())
+            except Exception as error:
+                failed.append(error)
+            tree.remove()
+
+    threads = [threading.Thread(target=many, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+# The manifest's own file.
+
+A_FILE = File("a", "runs/t/c/files/0", 1, "0" * 64, 0o644, 5)
+
+
+def test_a_manifest_has_the_same_bytes_however_it_was_put_together() -> None:
+    files = [A_FILE, File("b", "runs/t/c/files/1", 1, "0" * 64, 0o644, 5)]
+    assert Manifest(tuple(files)).encode() == Manifest(tuple(reversed(files))).encode()
+
+
+BAD_MANIFESTS = {
+    "absolute": Manifest((), (Folder("/x", 0, 0),)),
+    "up": Manifest((), (Folder("..", 0, 0),)),
+    "up and down": Manifest((), (Folder("a", 0, 0), Folder("a/..", 0, 0))),
+    "dot": Manifest((), (Folder(".", 0, 0),)),
+    "empty": Manifest((), (Folder("", 0, 0),)),
+    "NUL": Manifest((), (Folder("a\0b", 0, 0),)),
+    "double slash": Manifest((), (Folder("a", 0, 0), Folder("a//b", 0, 0))),
+    "no parent": Manifest((), (Folder("a/b", 0, 0),)),
+    "through a link": Manifest((), (Folder("a/b", 0, 0),), (Symlink("a", "/etc"),)),
+    "twice": Manifest((A_FILE,), (Folder("a", 0, 0),)),
+    "stored elsewhere": Manifest((File("a", "../j/runs/t/c/files/0", 1, "0" * 64, 0, 5),)),
+    "stored up": Manifest((File("a", "runs/../../x", 1, "0" * 64, 0, 5),)),
+    "stored absolute": Manifest((File("a", "/etc/passwd", 1, "0" * 64, 0, 5),)),
+    "set-uid": Manifest((File("a", "runs/t/c/files/0", 1, "0" * 64, 0o4755, 5),)),
+    "length": Manifest((File("a", "runs/t/c/files/0", -1, "0" * 64, 0, 5),)),
+    "hash": Manifest((File("a", "runs/t/c/files/0", 1, "xyz", 0, 5),)),
+    "type": Manifest((File("a", "runs/t/c/files/0", "1", "0" * 64, 0, 5),)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("bad", BAD_MANIFESTS)
+def test_a_manifest_that_leads_astray_is_damaged(bad: str, tmp_path: Path) -> None:
+    reference = manifest.write(tmp_path, "runs", BAD_MANIFESTS[bad])
+    with pytest.raises(Damaged, match=r"runs: "):
+        manifest.read(tmp_path, reference)
+
+
+@pytest.mark.parametrize("body", [[], {}, {"files": 5}, {"files": [{"path": "a"}]}, None, 5])
+def test_a_manifest_of_another_shape_is_damaged(body: object, tmp_path: Path) -> None:
+    with pytest.raises(Damaged, match="fields aren't those of a manifest"):
+        Manifest.decode(sealed.seal("manifest", 1, body), tmp_path)
+
+
+def test_a_manifest_of_another_format_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(Damaged, match="format 2 isn't known here"):
+        Manifest.decode(sealed.seal("manifest", 2, {}), tmp_path)
+
+
+def test_a_reference_out_of_the_job_directory_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(Damaged, match="lies outside the runs of this key"):
+        manifest.read(tmp_path, Reference("../other/runs/t/c/manifest", 1, "0" * 64))
+
+
+def test_a_manifest_can_be_read_by_a_person() -> None:
+    data = Manifest((A_FILE,)).encode()
+    assert json.loads(data.partition(b"\n")[2])["files"][0]["path"] == "a"
