@@ -7,6 +7,7 @@ A lease covers all of them. Its rules:
   renewal was **sent**. A slow reply never extends it.
 - *Known* claims are named in each renewal, from before they are asked for until they have ended.
   What Redis holds for this incarnation and the worker doesn't know is a lost reply: it goes back.
+  Claims are numbered, so that a renewal doesn't speak of those asked for after it was sent.
 - *Failure*: a node that can't renew claims nothing. When its lease has ended its claims go back to
   the queues, and what it still finishes is told `superseded`.
 """
@@ -79,9 +80,9 @@ class Claimant:
     def renew(self) -> Literal["renewed", "expelled"]:
         """Renew the lease. After 'expelled', `rejoin`."""
         with self._guard:
-            known = sorted(self._known)
+            asked, known = self._sequence, sorted(self._known)
         sent = time.monotonic()
-        word = self.scripts.renew(self.member, self.lease, known)
+        word = self.scripts.renew(self.member, self.lease, asked, known)
         if word == "renewed":
             self.trusted_until = sent + self.lease
         return word

@@ -47,7 +47,7 @@ class Claimed:
     lost_deliveries: int
     key: str
     qualified: bool
-    """Whether our producer wrote it; a stock producer's message has no key yet."""
+    """Whether its key is known; for a stock producer's message the worker must find it."""
 
 
 ClaimReply = Claimed | Literal["nothing", "again", "expelled"]
@@ -202,11 +202,12 @@ class Scripts:
         return self._script("renew")
 
     def renew(
-        self, member: str, lease: float, known: Iterable[str]
+        self, member: str, lease: float, asked: int, known: Iterable[str]
     ) -> Literal["renewed", "expelled"]:
-        """Renew a lease; claims that aren't `known` go back."""
+        """Renew a lease; claims up to the one numbered `asked` that aren't `known` go back."""
         word = self._renew(
-            keys=[*_return_keys(member), keys.LEASES], args=[member, int(lease * 1000), *known]
+            keys=[*_return_keys(member), keys.LEASES],
+            args=[member, int(lease * 1000), asked, *known],
         )
         return "renewed" if word == b"renewed" else "expelled"
 
@@ -252,7 +253,7 @@ class Scripts:
         self, name: str, meta: bytes | str, expires: float | None
     ) -> Literal["announced", "kept"]:
         """Publish a task's state under a key, unless a final one stands there."""
-        word: bytes = self._announce(keys=[name], args=[meta, int(expires or 0)])
+        word: bytes = self._announce(keys=[name], args=[meta, int((expires or 0) * 1000)])
         return "announced" if word == b"announced" else "kept"
 
 

@@ -26,7 +26,8 @@ def connect(url: str, *, timeout: float = 5.0) -> redis.Redis:
 
 def without_password(url: str) -> str:
     """A Redis URL that may be shown."""
-    return re.sub(r"//[^@/]*@", "//***@", url)
+    # Up to the last @: a password may hold any character. It may stand in the query as well.
+    return re.sub(r"\?.*", "?***", re.sub(r"//.*@", "//***@", url, flags=re.S), flags=re.S)
 
 
 def check(client: redis.Redis, url: str) -> None:

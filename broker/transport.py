@@ -125,6 +125,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
             )
         self._asked: str | None = None
         self._idle = False
+        self._refused = False
         self._scripts = Scripts(self._create_client())
 
     # The producer's half.
@@ -146,6 +147,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         if not self._claims():
+            self._idle = False  # What is read next is a message, not the bell.
             super()._brpop_start(timeout)
             return
         assert _claimant is not None
@@ -193,7 +195,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
 
     def _read_reply(self, command: str, **options: Any) -> Any:
         try:
-            return self.client.parse_response(self.client.connection, command, **options)
+            reply = self.client.parse_response(self.client.connection, command, **options)
         except self.connection_errors:
             # Disconnected, the next look connects anew; the claim, if there was one, goes back.
             self._idle = False
@@ -204,14 +206,39 @@ class Channel(stock.Channel):  # type: ignore[misc]
             return None
         except redis.ResponseError as error:
             # A failover says READONLY or LOADING for a while. That is no reason to end a worker.
-            logger.error("Redis refused a claim: %s", error)
-            self._idle = True
-            return [b"nothing"] if command == "EVALSHA" else None
+            # Said once; and a pause, since the bell is refused as well.
+            if not self._refused:
+                logger.error("Redis refuses claims, asking on: %s", error)
+            self._refused = True
+            time.sleep(_SAFETY_POLL)
+            return None
+        if command == "EVALSHA":
+            self._refused = False
+        return reply
 
     def _hand_over(self, claim_id: str, claimed: Claimed) -> bool:
         """Give a claimed message to the worker, unless it turns out not to be due or free."""
         assert _claimant is not None
-        message = loads(claimed.payload.decode())
+        try:
+            message = self._qualified(claim_id, claimed)
+        except redis.RedisError as error:
+            # Not the worker's yet: the next renewal returns it.
+            _claimant.forget(claim_id)
+            if isinstance(error, self.connection_errors):
+                raise
+            logger.error("queue %s: a claimed message goes back: %s", claimed.queue, error)
+            return False
+        if message is None:
+            return False
+        self._queue_cycle.rotate(claimed.queue)
+        self.connection._deliver(message, claimed.queue)
+        return True
+
+    def _qualified(self, claim_id: str, claimed: Claimed) -> dict[str, Any] | None:
+        assert _claimant is not None
+        message = self._read_message(claim_id, claimed)
+        if message is None:
+            return None
         headers = message["headers"]
         due = _due_ms(headers)
         key = claimed.key if claimed.qualified else _key_of(message)
@@ -222,16 +249,28 @@ class Channel(stock.Channel):  # type: ignore[misc]
             )
             if word != "locked":
                 _claimant.forget(claim_id)
-                return False
+                return None
         # Redis has waited for it, on its own clock; the worker's needn't agree.
         headers["eta"] = None
-        headers.setdefault("cohort", {"key": key})
+        if not isinstance(headers.get("cohort"), dict):
+            headers["cohort"] = {"key": key}
         headers["cohort_claim"] = claim_id
         headers["cohort_lost"] = claimed.lost_deliveries
         message["properties"]["delivery_tag"] = claim_id
-        self._queue_cycle.rotate(claimed.queue)
-        self.connection._deliver(message, claimed.queue)
-        return True
+        return message
+
+    def _read_message(self, claim_id: str, claimed: Claimed) -> dict[str, Any] | None:
+        assert _claimant is not None
+        try:
+            message: dict[str, Any] = loads(claimed.payload.decode())
+            self.Message(message, channel=self)
+        except Exception:
+            # The server's JSON is laxer than ours. Kept aside first: twice there beats nowhere.
+            logger.exception("queue %s: not a task message, moved to %s", claimed.queue, keys.DEAD)
+            self._scripts.client.lpush(keys.DEAD, claimed.payload)
+            _claimant.finish_now(claim_id)
+            return None
+        return message
 
     def _drop_unanswered(self) -> None:
         # The connection broke between asking and reading. The renewal returns what was claimed.

@@ -12,7 +12,7 @@
 --       then for each queue its delayed set, then the lists in the order in which to serve them
 -- ARGV  incarnation, claim id, number of queues, then the queues' names, then for each list the
 --       name of its queue
--- Returns {'claimed', queue, payload, lost deliveries, key, '1' if our producer wrote it},
+-- Returns {'claimed', queue, payload, lost deliveries, key, '0' if its worker must find the key},
 --         {'nothing'}, {'again'} (the limit of 200 messages was reached) or {'expelled'}.
 
 local K = {
@@ -36,13 +36,24 @@ for i = 1, #KEYS - 9 - count do
     queue_of[lists[i]] = ARGV[3 + count + i]
 end
 
-local function take(claim, ours)
+local function tell(claim)
+    local lost = redis.call('HGET', K.deliveries, claim.task) or '0'
+    local qualified = claim.bare == '1' and '0' or '1'
+    return {'claimed', claim.queue, claim.payload, lost, claim.key, qualified}
+end
+
+local function take(claim)
     if claim.key ~= '' then
         redis.call('HSET', K.locks, claim.key, id)
     end
     redis.call('HSET', K.claims, id, cjson.encode(claim))
-    local lost = redis.call('HGET', K.deliveries, claim.task) or '0'
-    return {'claimed', claim.queue, claim.payload, lost, claim.key, ours}
+    return tell(claim)
+end
+
+-- Asked a second time, since the first reply was lost: what it was then.
+local held = redis.call('HGET', K.claims, id)
+if held then
+    return tell(cjson.decode(held))
 end
 
 -- First what is owed a lock or came back.
@@ -55,7 +66,7 @@ for _, raw in ipairs(redis.call('LRANGE', K.ready, 0, 49)) do
             -- The lock it was owed is gone (an operator, a failover) and somebody else has it.
             park(K, claim)
         else
-            return take(claim, '1')
+            return take(claim)
         end
     end
 end
@@ -89,6 +100,9 @@ for _, list in ipairs(lists) do
         else
             local ours = type(headers.cohort) == 'table'
             local priority = tonumber(message.properties.priority) or 0
+            if priority ~= priority then
+                priority = 0  -- NaN is no number of digits
+            end
             local claim = {
                 queue = queue_of[list],
                 list = list,
@@ -96,11 +110,12 @@ for _, list in ipairs(lists) do
                 task = headers.id,
                 priority = string.format('%d', math.max(0, math.min(9, priority))),
                 payload = payload,
+                bare = ours and '0' or '1',
             }
             if claim.key ~= '' and redis.call('HEXISTS', K.locks, claim.key) == 1 then
                 park(K, claim)
             else
-                return take(claim, ours and '1' or '0')
+                return take(claim)
             end
         end
     end

@@ -21,8 +21,7 @@ end
 local claim = cjson.decode(raw)
 redis.call('HDEL', K.claims, id)
 redis.call('HDEL', K.deliveries, claim.task)
--- Only the holder lets go: a run whose lock was taken away must not free its successor's.
-if claim.key ~= '' and redis.call('HGET', K.locks, claim.key) == id then
-    hand_on(K, claim.key)
+if claim.key ~= '' then
+    let_go(K, claim.key, id)
 end
 return 'finished'

@@ -4,6 +4,7 @@
 --   queue    the queue's name             list     the Redis list it was taken from
 --   key      the job key, '' for none     task     the task id
 --   priority '0'..'9', 0 served first     payload  the message as its producer wrote it
+--   bare     '1': of a stock producer, its worker hasn't looked yet whether it is keyed; else '0'
 --
 -- A lock is free (no field), claimed (a claim id) or owed ('owed:<task id>'); who is owed it
 -- stands in `ready`. Transitions:
@@ -49,6 +50,15 @@ local function hand_on(K, key)
         ring(K)
     else
         redis.call('HDEL', K.locks, key)
+    end
+end
+
+-- Only the holder lets go: a run whose lock was taken away must not free its successor's. A lock
+-- that was taken away and given to nobody is let go as well, or those parked behind it would stay.
+local function let_go(K, key, id)
+    local holder = redis.call('HGET', K.locks, key)
+    if not holder or holder == id then
+        hand_on(K, key)
     end
 end
 

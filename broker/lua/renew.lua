@@ -8,7 +8,8 @@
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
 --       leases      sorted set  incarnation -> end of its lease      reap, leave
--- ARGV  incarnation, length of the lease in ms, then the claim ids that the worker knows
+-- ARGV  incarnation, length of the lease in ms, the number of the last claim it had asked for when
+--       it sent this, then the claim ids that the worker knows
 -- Returns 'renewed', or 'expelled': the lease is gone and so are its claims.
 
 local K = {
@@ -20,11 +21,12 @@ if not redis.call('ZSCORE', K.leases, ARGV[1]) then
 end
 redis.call('ZADD', K.leases, now_ms() + tonumber(ARGV[2]), ARGV[1])
 local known = {}
-for i = 3, #ARGV do
+for i = 4, #ARGV do
     known[ARGV[i]] = true
 end
 for _, id in ipairs(redis.call('HKEYS', K.claims)) do
-    if not known[id] then
+    -- A claim asked for since then is younger than what it said; the next renewal speaks of it.
+    if not known[id] and tonumber(string.match(id, '%d+$') or 0) <= tonumber(ARGV[3]) then
         put_back(K, K.claims, id, false)
     end
 end

@@ -23,12 +23,12 @@ local claim = cjson.decode(raw)
 if due ~= '' and tonumber(due) > now_ms() then
     redis.call('HDEL', K.claims, id)
     redis.call('ZADD', K.delayed, due, claim.list .. '\0' .. claim.payload)
-    if claim.key ~= '' and redis.call('HGET', K.locks, claim.key) == id then
-        hand_on(K, claim.key)
+    if claim.key ~= '' then
+        let_go(K, claim.key, id)
     end
     return 'delayed'
 end
-claim.key = key
+claim.key, claim.bare = key, '0'
 if key ~= '' then
     local holder = redis.call('HGET', K.locks, key)
     if holder and holder ~= id then
