@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import boto3.session
@@ -17,15 +19,25 @@ from errors import CohortError, Damaged, Refused
 from tasks.exporting.reasons import s3_errors
 
 
+@lru_cache(maxsize=2)
+def _client(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """A client of this process (connections don't survive a fork) and of this environment.
+
+    Making one costs far more than a request: boto3 reads and compiles its models each time.
+    """
+    del process, environment
+    config = botocore.config.Config(connect_timeout=10, read_timeout=60)
+    return boto3.session.Session().client("s3", config=config)
+
+
 class Bucket:
     """One bucket. Errors name it, and never the credentials."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         with s3_errors(f"s3://{name}"):
-            self._client: Any = boto3.session.Session().client(
-                "s3", config=botocore.config.Config(connect_timeout=10, read_timeout=60)
-            )
+            aws = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+            self._client = _client(os.getpid(), aws)
 
     def check(self) -> None:
         """Raise unless the bucket is there and these credentials reach it."""
@@ -84,10 +96,9 @@ class Bucket:
                 raise Refused(f"s3://{self.name}/{error['Key']}: can't be deleted: {error['Code']}")
 
     def abort(self, key: str, upload_id: str) -> None:
-        with s3_errors(f"s3://{self.name}/{key}"):
-            # NoSuchUpload: it has ended in the meantime.
-            with suppress(self._client.exceptions.NoSuchUpload):
-                self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload_id)
+        ended = suppress(self._client.exceptions.NoSuchUpload)
+        with s3_errors(f"s3://{self.name}/{key}"), ended:
+            self._client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload_id)
 
     def open(self, key: str, part_size: int) -> Upload:
         return Upload(self._client, self.name, key, part_size)
