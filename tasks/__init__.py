@@ -1,10 +1,10 @@
 """What a job is, the one recipe by which it runs, the Celery app and its result backend.
 
-    from tasks import job
+from tasks import job
 
-    @job(key="report-{month}", timeout="2h", retries=3)
-    def report(run, month):
-        ...
+@job(key="report-{month}", timeout="2h", retries=3)
+def report(run, month):
+    ...
 """
 
 from tasks.application import app

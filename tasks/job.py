@@ -18,7 +18,7 @@ from celery import Celery, Task
 from celery.utils.functional import head_from_fun
 from kombu.serialization import loads
 
-from errors import DeadLettered, InvalidKey, Refused
+from errors import CohortError, DeadLettered, InvalidKey, Refused
 from storage.keys import check_key
 from tasks.settings import current, parse_size, parse_span
 
@@ -51,6 +51,7 @@ class JobTask(Task):  # type: ignore[misc]
     """A Celery task that tells the broker what it needs; the base of every task of the app."""
 
     Request = "tasks.request:JobRequest"
+    throws = (CohortError,)  # These say all there is to say: no traceback in the log.
     definition: JobDefinition | None = None
 
     def apply_async(

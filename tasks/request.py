@@ -189,13 +189,11 @@ class JobRequest(Request):  # type: ignore[misc]
                 self._settle()
                 _node.give_back_lost(self)
             return
-        if self.acknowledged and self.key is not None:
-            return  # Its conclusion is on its way already.
+        if self.key is not None and (self.acknowledged or isinstance(error, TimeLimitExceeded)):
+            return  # Its conclusion is on its way already, or `on_timeout` is called next.
         super().on_failure(exc_info, send_failed_event, return_ok)
 
-    def _announce_revoked(
-        self, reason: str, terminated: bool, signum: Any, expired: bool
-    ) -> None:
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if self.key is None or _node is None:
             super()._announce_revoked(reason, terminated, signum, expired)
             if terminated and _node is not None:

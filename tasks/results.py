@@ -117,6 +117,22 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
             self.announce(outcome)
         return result
 
+    def mark_as_revoked(
+        self,
+        task_id: str,
+        reason: str = "",
+        request: Any = None,
+        store_result: bool = True,
+        state: str = states.REVOKED,
+    ) -> None:
+        """Record a revocation, once the worker that has claimed the task says so.
+
+        Celery's remote control says it without a request, on every worker at once, while the task
+        may be about to commit on one of them: a second outcome. Who claims it will say it.
+        """
+        if request is not None:
+            super().mark_as_revoked(task_id, reason, request, store_result, state)
+
     def announce(self, outcome: Outcome) -> None:
         """Put it into the index and tell who waits; a final outcome that stands there stays."""
         self._scripts.announce(outcome.name, outcome.meta, outcome.expires)

@@ -10,6 +10,7 @@ import redis
 from celery.utils.log import get_logger
 
 from broker.claimant import Claimant
+from workers.essential import essential_thread
 
 logger = get_logger(__name__)
 
@@ -23,7 +24,7 @@ class Heartbeat:
         self._margin = claimant.lease / 10
         self._stopped = threading.Event()
         self._trusts = True
-        self._thread = threading.Thread(target=self._run, name="cohort-lease", daemon=True)
+        self._thread = essential_thread("cohort-lease", self._run)
 
     def start(self) -> None:
         """Begin to beat; the claimant has registered."""

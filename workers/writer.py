@@ -18,8 +18,9 @@ from celery.utils.log import get_logger
 from broker.claimant import Claimant
 from crashpoints import reach
 from errors import CohortError
-from storage.segments import Entry, Kind, SegmentWriter
+from storage.segments import Entry, SegmentWriter
 from tasks.results import Outcome
+from workers.essential import essential_thread
 
 logger = get_logger(__name__)
 
@@ -54,7 +55,7 @@ class Writer:
         self._claimant = claimant
         self._announce = announce
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="cohort-writer", daemon=True)
+        self._thread = essential_thread("cohort-writer", self._run)
         self._impatient = threading.Event()
 
     def start(self) -> None:
@@ -108,7 +109,7 @@ class Writer:
         self._segment.append(
             [
                 Entry(
-                    kind=Kind.OUTCOME,
+                    kind="outcome",
                     id=outcome.task_id,
                     expires_ms=outcome.ends_at_ms,
                     payload=outcome.meta,
