@@ -44,9 +44,11 @@ def only_fleet(state: Path) -> Iterator[None]:
                 f"a fleet is running already{who}: end it, or set COHORT_STATE to another folder "
                 "for a second one"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            (state / "fleet.json").unlink(missing_ok=True)
     finally:
-        (state / "fleet.json").unlink(missing_ok=True)
         os.close(lock)
 
 

@@ -66,12 +66,10 @@ def _describe_fleet(options: Namespace, settings: Settings) -> Fleet:
     if not 1 <= options.nodes <= NODE_LIMIT:
         raise Refused(f"--nodes: from 1 to {NODE_LIMIT}, not {options.nodes}")
     try:
-        cpus = [int(word) for word in options.cpus.split(",")]
+        cpus = [parse_count(word) for word in options.cpus.split(",")]
         memory = [parse_size(word) for word in options.memory.split(",")]
     except ValueError as error:
-        raise SettingsError(f"--cpus or --memory: {error}") from None
-    if min(cpus) < 1:
-        raise Refused("--cpus: a node has at least one")
+        raise SettingsError(f"--cpus or --memory: expected {error}") from None
     return Fleet(
         settings.state / "fleet",
         nodes=options.nodes,
@@ -84,6 +82,13 @@ def _describe_fleet(options: Namespace, settings: Settings) -> Fleet:
         flower_port=options.flower_port,
         grace=options.grace,
     )
+
+
+def parse_count(word: str) -> int:
+    """A whole number above zero."""
+    if not (word.isdecimal() and int(word) > 0):
+        raise ValueError("whole numbers of at least 1")
+    return int(word)
 
 
 def _watch(fleet: Fleet, out: Console) -> int:
