@@ -78,7 +78,7 @@ class Broker:
 
     def __init__(self, client: redis.Redis) -> None:
         self.client: Any = client
-        """The server itself; what redis-py says of its replies fits every version of its protocol."""
+        """Untyped: redis-py's types allow for every protocol and encoding."""
         self.scripts = Scripts(client)
         self.queues: tuple[str, ...] = (QUEUE,)
         self.stolen: set[str] = set()
