@@ -1,10 +1,7 @@
 """What a job is, the one recipe by which it runs, the Celery app and its result backend.
 
-from tasks import job
-
-@job(key="report-{month}", timeout="2h", retries=3)
-def report(run, month):
-    ...
+A job is a function with `@job(key="report-{month}", timeout="2h", retries=3)` above it, whose
+first parameter is its `Run`.
 """
 
 from tasks.application import app

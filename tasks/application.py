@@ -34,7 +34,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "result_expires": settings.results_expire,
         "result_extended": True,
         "result_backend_always_retry": True,
-        "imports": (*(("tasks.export",) if Path(__file__).with_name("export.py").exists() else ()), *settings.jobs),
+        "imports": ("tasks.export", *settings.jobs),
         "task_track_started": True,
         # A claim ends when its outcome is on disk, and goes back when its process is lost.
         "task_acks_late": True,
