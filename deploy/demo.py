@@ -7,6 +7,7 @@ Exit codes: 0 no row was lost or doubled and no run read anything stale, 1 it is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 import time
@@ -42,16 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
     world: World | None = None
     code, keep_files = 1, False
     try:
-        world = World(options.root)
+        # Flower shows what it has seen: it must be there from the start.
+        world = World(options.root, flower=options.keep)
         code = _demo(world, options.keep, out)
         keep_files = code != 0
     except _Ended:
         code = 130
     except CohortError as error:
-        keep_files = world is not None
+        keep_files = world is not None and world.has_logs
         print(f"demo: {error}", file=sys.stderr, flush=True)
     except Exception:
-        keep_files = world is not None
+        keep_files = world is not None and world.has_logs
         raise
     finally:
         # From here on nothing interrupts: whatever happened above, nothing stays.
@@ -120,19 +122,19 @@ def _demo(world: World, keep: bool, out: Console) -> int:
 
 
 def _keep(world: World, out: Console) -> None:
-    url = world.start_flower()
     for line in (
         "the fleet stays up until Ctrl-C. Look at it from another terminal:",
-        f"  Flower           {url}",
+        f"  Flower           {world.fleet.flower_url}",
         f"  the nodes        COHORT_REDIS={world.fleet.redis_url} ./cohort nodes",
         f"  a job directory  {world.root / 'jobs' / 'export-ny-flights'}",
         f"  logs             {world.home / 'logs'}",
     ):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.file.flush()
-    while True:
-        world.check()
-        time.sleep(0.5)
+    with contextlib.suppress(_Ended):
+        while True:
+            world.check()
+            time.sleep(0.5)
 
 
 def _raise_ended(_number: int, _frame: FrameType | None) -> None:

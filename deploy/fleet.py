@@ -208,12 +208,6 @@ class Fleet:
         self._wait_for_node(node)
         return node
 
-    def start_flower(self) -> str:
-        """Start Flower beside a running fleet and wait until it answers; its address."""
-        self.flower = self._launch_flower()
-        self.flower.wait_until(self._flower_answers, START_TIMEOUT, "answering")
-        return str(self.flower_url)
-
     def node(self, name: str) -> Part:
         """The latest life of the node of this name."""
         for part in self.nodes:

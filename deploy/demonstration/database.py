@@ -25,7 +25,7 @@ import pyarrow.csv
 
 from errors import Refused
 
-_SHARES = (0, 0.15, 0.3, 0.65, 1)
+_SHARES = (0, 0.22, 0.44, 0.72, 1)
 """How much of each table is there before each day and at the end. The days with an accident get
 more: a job must last long enough to be caught in the middle, also on a faster machine."""
 _UPDATES = 40

@@ -89,7 +89,7 @@ class Runs:
 
         arguments: dict[str, Any] = {"to": TO, "source": SOURCE}
         if table.is_incremental:
-            arguments |= {"mode": "incremental", "column": WATERMARK, "rows_per_file": 5000}
+            arguments |= {"mode": "incremental", "column": WATERMARK, "rows_per_file": 4000}
         job = Job(day, table, export.delay(table.name, **arguments))
         self.jobs.append(job)
         return job

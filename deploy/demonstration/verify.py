@@ -46,9 +46,7 @@ class Verdict:
         for rows, fault in ((lost, "not on S3"), (doubled, "too often on S3")):
             if rows:
                 example = next(iter(rows))
-                self.problems.append(
-                    f"{what}: {rows.total():,} rows are {fault}, such as {example}"
-                )
+                self.problems.append(f"{what}: {rows.total():,} rows are {fault}: {example}")
 
     def check_lineage(self, what: str, records: Sequence[Record]) -> None:
         """Each record's run began with the version before it, and with its watermark."""

@@ -7,6 +7,7 @@ of it outlives the process that holds it.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -31,20 +32,16 @@ _OURS = ("COHORT_VENV", "COHORT_PYTHON")
 class World:
     """The parts of the demo. `start` them, and `end` them whatever happens."""
 
-    def __init__(self, shared: Path | None) -> None:
-        self.home = Path(tempfile.mkdtemp(prefix="cohort-demo-"))
-        self.root = self.home / "shared"
-        if shared is not None:
-            try:
-                self.root = Path(tempfile.mkdtemp(prefix="cohort-demo-", dir=shared.absolute()))
-            except OSError as error:
-                shutil.rmtree(self.home, ignore_errors=True)
-                raise Refused(f"--root {shared}: {error.strerror}") from None
+    def __init__(self, shared: Path | None, *, flower: bool = False) -> None:
+        # Named here and made later, so that `remove` always knows what to remove.
+        name = f"cohort-demo-{secrets.token_hex(4)}"
+        self.home = Path(tempfile.gettempdir()).absolute() / name
+        self.root = shared.absolute() / name if shared is not None else self.home / "shared"
         self.s3_url = f"http://127.0.0.1:{free_port()}"
         self._s3: Part | None = None
         self._s3_client: Any = None
         self._isolate(os.environ)
-        self.fleet = Fleet(self.home, nodes=NODES, root=self.root, cpus=(1,))
+        self.fleet = Fleet(self.home, nodes=NODES, root=self.root, cpus=(1,), flower=flower)
         self.redis = server.connect(self.fleet.redis_url)
 
     def _isolate(self, environ: MutableMapping[str, str]) -> None:
@@ -69,6 +66,11 @@ class World:
 
     def start(self) -> None:
         """Start every part, and make the bucket and the database without its rows."""
+        for folder in (self.home, self.root):
+            try:
+                folder.mkdir(mode=0o700)
+            except OSError as error:
+                raise Refused(f"{folder.parent}: {error.strerror}") from None
         host, _, port = self.s3_url.removeprefix("http://").partition(":")
         self._s3 = Part(
             "s3",
@@ -105,10 +107,6 @@ class World:
             return False
         return True
 
-    def start_flower(self) -> str:
-        """Start Flower beside the fleet; its address."""
-        return self.fleet.start_flower()
-
     def check(self) -> None:
         """Raise if a part has ended that should be running."""
         parts = [*self.fleet.parts, *filter(None, [self._s3])]
@@ -118,6 +116,11 @@ class World:
 
     dead: frozenset[str] = frozenset()
     """Nodes that the story has killed and not started again."""
+
+    @property
+    def has_logs(self) -> bool:
+        """Whether anything was started that may have said why it failed."""
+        return (self.home / "logs").exists()
 
     def end(self) -> None:
         """End every part at once."""
