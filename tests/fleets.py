@@ -93,7 +93,9 @@ class Producer:
 
 
 @contextmanager
-def running_fleet(home: Path, nodes: int, **settings: str) -> Iterator[Producer]:
+def running_fleet(
+    home: Path, nodes: int, *, flower: bool = False, **settings: str
+) -> Iterator[Producer]:
     """A fleet with short leases that knows the sample jobs."""
     crash = home / "crash"
     crash.mkdir(parents=True)
@@ -104,7 +106,7 @@ def running_fleet(home: Path, nodes: int, **settings: str) -> Iterator[Producer]
         "COHORT_CRASH": str(crash),
         **settings,
     }
-    with Fleet(home / "fleet", nodes=nodes, environ=environ, grace=5.0) as fleet:
+    with Fleet(home / "fleet", nodes=nodes, environ=environ, grace=5.0, flower=flower) as fleet:
         producer = Producer(fleet, crash)
         try:
             yield producer
