@@ -111,7 +111,7 @@ class GenericSnapshot:
             if window.low is not None:
                 statement = statement.where(source >= window.low)
         schema = col.schema_of(self.columns)
-        done, size = 0, 256
+        done, size = 0, 16
         with self._connection.execution_options(stream_results=True, max_row_buffer=4096).execute(
             statement
         ) as result:
@@ -126,7 +126,7 @@ class GenericSnapshot:
                 batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
                 done += len(rows)
                 budget = BATCH_BYTES * len(rows) // (4 * (batch.nbytes + 1))
-                size = max(16, min(4096, budget, size * 4))
+                size = max(1, min(4096, budget, size * 4))
                 yield batch
 
 

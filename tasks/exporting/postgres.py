@@ -216,9 +216,8 @@ class PostgresSnapshot:
             for raw in reader:
 
                 def name_row(index: int, raw: pa.RecordBatch = raw, done: int = done) -> str:
-                    values = raw.slice(index, 1).to_pydict()
                     names = key or self.primary_key
-                    keys = {name: values[name][0] for name in names if name in values}
+                    keys = {name: raw.column(name)[index].as_py() for name in names}
                     return row_name(names, keys, done + index + 1)
 
                 arrays = [

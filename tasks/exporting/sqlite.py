@@ -92,6 +92,8 @@ class SqliteSnapshot:
             self._relation = "temp.cohort_query"
             connection.execute(f"CREATE TEMP VIEW cohort_query AS {query}\n")
             described = self._describe("temp", "cohort_query")
+            if not all(row[1] for row in described):
+                described = self._with_affinities(described)
         if not described:
             known = connection.execute(
                 "SELECT name FROM sqlite_master WHERE type IN ('table','view')"
@@ -114,6 +116,18 @@ class SqliteSnapshot:
         self._is_view = kind is not None and kind[0] == "view"
         return rows
 
+    def _with_affinities(self, described: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """A view knows the types of plain columns only; a table made of it, those of CAST too."""
+        self._connection.execute(
+            f"CREATE TEMP TABLE cohort_affinities AS SELECT * FROM {self._relation} LIMIT 0"
+        )
+        made = self._describe("temp", "cohort_affinities")
+        self._is_view = True
+        return [
+            (row[0], row[1] or other[1], row[2], row[3])
+            for row, other in zip(described, made, strict=True)
+        ]
+
     def _columns(
         self, described: list[tuple[Any, ...]], is_query: bool
     ) -> tuple[tuple[Column, ...], tuple[str, ...]]:
@@ -123,9 +137,9 @@ class SqliteSnapshot:
             type_ = arrow_type(declared)
             if type_ is None:
                 hint = (
-                    f"write CAST(... AS INTEGER|REAL|TEXT|BLOB) AS {name} in the query"
+                    f"write CAST(... AS INTEGER) AS {name}, or REAL or TEXT, in the query"
                     if is_query
-                    else "export a query that casts it to INTEGER, REAL, TEXT or BLOB"
+                    else "export a query that casts it to INTEGER, REAL or TEXT"
                 )
                 problems.append(col.unsupported(name, declared, hint))
                 continue
@@ -255,14 +269,13 @@ class SqliteSnapshot:
         names = ", ".join(_quoted(column.name) for column in self.columns)
         cursor = self._connection.execute(f"SELECT {names} FROM {self._relation}{where}", values)
         schema = col.schema_of(self.columns)
-        done, size = 0, 256
+        done, size = 0, 16
         while rows := cursor.fetchmany(size):
             batch = self._batch(rows, schema, key, done)
             done += len(rows)
             # Python's objects take some times the room of Arrow's: a quarter of the budget.
-            size = max(
-                16, min(16384, BATCH_BYTES * len(rows) // (4 * (batch.nbytes + 1)), size * 4)
-            )
+            budget = BATCH_BYTES * len(rows) // (4 * (batch.nbytes + 1))
+            size = max(1, min(16384, budget, size * 4))
             yield batch
 
     def _batch(
