@@ -173,7 +173,7 @@ class WorkTree:
         end = time.monotonic() + A_TICK
         try:
             self._tick.touch()
-            while os.stat(self._tick).st_ctime_ns <= newest:
+            while Identity.of(os.stat(self._tick)).ctime_ns <= newest:
                 if time.monotonic() > end:
                     self._checked_out.clear()  # its clock tells nothing: read every file instead
                     return

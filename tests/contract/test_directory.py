@@ -432,3 +432,36 @@ def test_a_record_whose_writer_died_before_its_fsync_is_made_durable_by_who_read
     monkeypatch.setattr(durable, "sync_directory", synced.append)
     Directory(root, "k").outcome_of("t1")
     assert synced == [root / "jobs/k/log/0"]
+
+
+def test_everything_is_durable_before_the_link_and_the_link_after_it(
+    root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def noting_fsync(file: int) -> None:
+        steps.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), root / "jobs/k"))
+        fsync(file)
+
+    def noting_link(*args: Any, **kwargs: Any) -> None:
+        link(*args, **kwargs)
+        steps.append("LINK")
+
+    directory = Directory.open(root, "k")
+    for n in range(1, 1000):  # to the end of the first bucket, so that the next one is made
+        directory.log.path(n).parent.mkdir(exist_ok=True)
+        filler = Record(n, n - 1, "k", f"f{n}", "c", 1, "FAILURE", None, None, "node", "now")
+        directory.log.path(n).write_bytes(filler.encode())
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "link", noting_link)
+    assert run(root, scratch, "t", both(write("a", "1"), write("b", "2")), claim_id="c").n == 1000
+    mine = "runs/t/c"
+    at = steps.index("LINK")
+    order = [f"{mine}/files/1", f"{mine}/files", f"{mine}/manifest", f"{mine}/record-1000-1"]
+    places = [steps.index(name) for name in order]
+    assert places == sorted(places)
+    assert {*order, f"{mine}/files/0", mine, "runs/t", "runs"} <= set(steps[:at])
+    assert mine in steps[steps.index(f"{mine}/record-1000-1") : at]
+    assert {"log", "log/0"} <= set(steps[:at])
+    assert steps[at + 1 :] == ["log/1"]

@@ -8,16 +8,17 @@ import socket
 import stat
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from errors import Damaged, Refused
-from storage import manifest, sealed
+from storage import manifest, sealed, worktree
 from storage.directory import Attempt, Directory
 from storage.log import Reference
 from storage.manifest import File, Folder, Manifest, Symlink
-from storage.worktree import WorkTree
+from storage.worktree import Identity, WorkTree
 from tests.storage_kit import both, contents, run, write
 
 YEAR_2001 = 1_000_000_000_123_456_789
@@ -173,13 +174,37 @@ def test_a_touched_file_is_seen(how: str, root: Path, scratch: Path) -> None:
     assert tree.changes().touched == {"f3"}
 
 
-def test_a_rewrite_right_after_the_checkout_is_seen(root: Path, scratch: Path) -> None:
-    """A file system's clock ticks every few ms: what comes within the tick must show, too."""
+def with_a_clock_of(tick_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local file system whose time stamps are that coarse."""
+    real = Identity.of
+
+    def coarse(status: os.stat_result) -> Identity:
+        fine = real(status)
+        return replace(fine, ctime_ns=fine.ctime_ns // tick_ns * tick_ns)
+
+    monkeypatch.setattr(Identity, "of", coarse)
+
+
+def test_a_rewrite_right_after_the_checkout_is_seen(
+    root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the tick of the checkout it would look untouched; so no run begins within it."""
+    with_a_clock_of(50_000_000, monkeypatch)
     run(root, scratch, "t0", write("f", "abc"))
-    for n in range(1, 30):
+    for n in range(1, 8):
         run(root, scratch, f"t{n}", lambda tree: rewrite_in_place(tree / "f"))
         head = Directory.open(root, "k").head()
         assert head.manifest.files[0].stored.startswith(f"runs/t{n}/")
+
+
+def test_with_a_clock_that_tells_nothing_every_file_is_read(
+    root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worktree, "A_TICK", 0.05)
+    run(root, scratch, "t1", write("f", "abc"))
+    with_a_clock_of(10**18, monkeypatch)
+    _, tree = start(root, scratch, "t2")
+    assert tree.changes().touched == {"f"}
 
 
 def test_what_wasn_t_touched_isn_t_read(root: Path, scratch: Path) -> None:
