@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 from celery import bootsteps
+from celery.signals import worker_shutdown
 from celery.utils.log import get_logger
 
 from broker import nodes, server
@@ -99,19 +100,14 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
 
     def stop(self, worker: Any) -> None:
-        """Leave: what has ended is written and acknowledged, the rest goes back."""
+        """A warm shutdown: the pool, which ends after this step, still has outcomes to hand over."""
+        worker_shutdown.connect(self._leave, weak=False)
 
     def terminate(self, worker: Any) -> None:
-        """Leave at once."""
+        """A cold shutdown: what runs is killed next, and goes back."""
         self._leave()
 
-    def shutdown(self, worker: Any) -> None:
-        """After the pool has ended."""
-        self._leave()
-
-    def _leave(self) -> None:
-        if not hasattr(self, "heartbeat"):
-            return
+    def _leave(self, **kwargs: Any) -> None:
         self.node.stop()
         if not self.writer.stop(_FLUSH_SECONDS):
             logger.error("outcomes could not be written in time; their claims go back")
@@ -121,4 +117,3 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self.claimant.leave()
         except (redis.RedisError, OSError) as error:
             logger.warning("could not say goodbye, the lease runs out instead: %s", error)
-        del self.heartbeat
