@@ -8,9 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ import redis
 from broker.nodes import list_nodes
 from deploy.fleet import Fleet, free_port
 from errors import Refused, Unavailable
+from tests.processes import marked, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 CLI = [sys.executable, "-P", "-m", "deploy.cli"]
@@ -48,29 +49,10 @@ def hold(run, gate):
 """
 
 
-def marked(mark: str) -> set[int]:
-    """The processes that carry the mark in their environment, however they were started."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"FLEET_MARK={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.add(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def redis_process(lines: list[str]) -> Path:
     """The folder in /proc of the Redis that `up` has told of."""
     (pid,) = re.findall(r"redis .* process (\d+)", "\n".join(lines))
     return Path("/proc", pid)
-
-
-def wait_until(fact: Callable[[], bool], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not fact():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Terminal:
@@ -78,7 +60,7 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.mark = folder.name
+        self.mark = uuid.uuid4().hex
         (folder / "jobs_here.py").write_text(JOBS)
         kept = {name: value for name, value in os.environ.items() if "COHORT" not in name}
         self.environ = {
@@ -86,7 +68,7 @@ class Terminal:
             "PYTHONPATH": str(PROJECT),
             "COHORT_STATE": str(folder / "state"),
             "COHORT_JOBS": "jobs_here",
-            "FLEET_MARK": self.mark,
+            "TEST_MARK": self.mark,
         }
 
     def start(self, *words: str, **environ: str) -> subprocess.Popen[str]:
@@ -245,7 +227,9 @@ def test_celery_itself_finds_the_nodes(up: list[str], terminal: Terminal) -> Non
         "cohort": [sys.executable, "-P", "-m", "deploy.run_celery"],
     }
     for command in ways.values():
-        words = [*command, "inspect", "ping", "--json", "--timeout", "3"]
+        # With destinations the wait ends with the last answer.
+        to = "worker@node-1,worker@node-2"
+        words = [*command, "inspect", "ping", "--json", "--timeout", "20", "--destination", to]
         asked = subprocess.run(
             words, cwd=terminal.folder, env=environ, capture_output=True, text=True
         )
@@ -258,12 +242,14 @@ def test_a_killed_script_leaves_nothing_behind(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path)
     process, lines = terminal.up("--nodes", "2", "--flower-port", str(free_port()))
     server = redis_process(lines)
-    # The script, four parts and Redis, a leash for each, and two children of each node. Redis
-    # writes its title over its environment, so the mark can't be seen on it.
-    wait_until(lambda: len(marked(terminal.mark)) >= 1 + 4 + 5 + 4)
-    assert server.exists()
-    process.kill()
-    process.communicate(timeout=30)
+    try:
+        # The script, four parts and Redis, a leash for each, and two children of each node.
+        # Redis writes its title over its environment, so the mark can't be seen on it.
+        wait_until(lambda: len(marked(terminal.mark)) >= 1 + 4 + 5 + 4)
+        assert server.exists()
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
     wait_until(lambda: marked(terminal.mark) == set() and not server.exists(), timeout=15)
     # The note that it left misleads nobody.
     assert (tmp_path / "state" / "fleet.json").exists()

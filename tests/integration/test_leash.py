@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from deploy.parts import Part
 from errors import Unavailable
+from tests.processes import marked, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -36,25 +37,6 @@ time.sleep(600)
 """
 
 
-def marked(mark: str) -> set[int]:
-    """The processes that carry the mark in their environment, on whatever way they were started."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"MARK={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.add(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until(fact: Callable[[], bool], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not fact():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def mark() -> Iterator[str]:
     mark = uuid.uuid4().hex
@@ -67,7 +49,7 @@ def mark() -> Iterator[str]:
 
 def family(mark: str, folder: Path, *words: str, grace: float = 10) -> Part:
     command = [sys.executable, "-c", FAMILY, *words]
-    part = Part("family", command, {**os.environ, "MARK": mark}, folder / "log", grace)
+    part = Part("family", command, {**os.environ, "TEST_MARK": mark}, folder / "log", grace)
     part.wait_until(lambda: part.log.read_text().count("started") == 3, 30, "complete")
     # The leash, the process, its child and the daemon.
     assert len(marked(mark)) == 4
@@ -108,7 +90,7 @@ def test_a_killed_leash_takes_its_process_group_along(mark: str, tmp_path: Path)
     part = Part(
         "pair",
         ["sh", "-c", "sleep 600 & echo started; sleep 600"],
-        {**os.environ, "MARK": mark},
+        {**os.environ, "TEST_MARK": mark},
         tmp_path / "log",
     )
     part.wait_until(lambda: "started" in part.log.read_text(), 30, "started")
@@ -151,7 +133,7 @@ command = [sys.executable, "-c", {FAMILY!r}, {word!r}]
 part = Part("family", command, os.environ, Path({str(tmp_path)!r}, "log"))
 signal.pause()
 """
-    environ = {**os.environ, "MARK": mark, "PYTHONPATH": str(PROJECT)}
+    environ = {**os.environ, "TEST_MARK": mark, "PYTHONPATH": str(PROJECT)}
     with subprocess.Popen([sys.executable, "-c", script], env=environ) as owner:
         log = tmp_path / "log"
         wait_until(lambda: log.exists() and log.read_text().count("started") == 3)
@@ -163,7 +145,9 @@ signal.pause()
 def test_an_order_to_end_is_never_lost_however_early_it_comes(mark: str, tmp_path: Path) -> None:
     before = time.monotonic()
     for _ in range(20):
-        part = Part("brief", ["sleep", "600"], {**os.environ, "MARK": mark}, tmp_path / "log", 60)
+        part = Part(
+            "brief", ["sleep", "600"], {**os.environ, "TEST_MARK": mark}, tmp_path / "log", 60
+        )
         os.kill(part.pid, signal.SIGTERM)
         assert part.wait(30) == 128 + signal.SIGTERM
     assert time.monotonic() - before < 30
@@ -173,12 +157,12 @@ def test_a_part_that_ends_before_it_is_ready_is_told_with_its_log(
     mark: str, tmp_path: Path
 ) -> None:
     command = ["sh", "-c", "echo the reason; exit 3"]
-    part = Part("hasty", command, {**os.environ, "MARK": mark}, tmp_path / "log")
+    part = Part("hasty", command, {**os.environ, "TEST_MARK": mark}, tmp_path / "log")
     with pytest.raises(Unavailable, match=r"hasty ended with exit code 3 before ready\n.*\nthe re"):
         part.wait_until(lambda: False, 30, "ready")
 
 
 def test_a_command_that_is_absent_is_told(mark: str, tmp_path: Path) -> None:
-    part = Part("absent", ["/no/such"], {**os.environ, "MARK": mark}, tmp_path / "log")
+    part = Part("absent", ["/no/such"], {**os.environ, "TEST_MARK": mark}, tmp_path / "log")
     with pytest.raises(Unavailable, match=r"/no/such: No such file"):
         part.wait_until(lambda: False, 30, "ready")

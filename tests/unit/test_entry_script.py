@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.processes import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -115,13 +116,6 @@ class Copy:
 @pytest.fixture
 def copy(tmp_path: Path) -> Copy:
     return Copy(tmp_path)
-
-
-def wait_until(fact: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not fact():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_without_a_command_it_shows_usage_and_sets_nothing_up(copy: Copy) -> None:
