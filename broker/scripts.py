@@ -109,10 +109,10 @@ class Scripts:
         """Claim over this client, waiting for the reply."""
         command = self.claim_command(member, claim_id, queues, lists)
         try:
-            reply = self.client.execute_command(*command)
+            reply = self.client.execute_command(*command)  # type: ignore[no-untyped-call]
         except NoScriptError:
             self.load_claim()
-            reply = self.client.execute_command(*command)
+            reply = self.client.execute_command(*command)  # type: ignore[no-untyped-call]
         return self.claim_reply(reply)
 
     @cached_property

@@ -49,9 +49,10 @@ def check(client: redis.Redis, url: str) -> None:
 def belongs_to(client: redis.Redis, fleet_id: str) -> None:
     """Refuse a shared folder that isn't the one which this Redis's fleet uses."""
     client.set(keys.FLEET, fleet_id, nx=True)
-    known = client.get(keys.FLEET)
-    if known is not None and known.decode() != fleet_id:
+    known = client.get(keys.FLEET) or fleet_id
+    name = known.decode() if isinstance(known, bytes) else known
+    if name != fleet_id:
         raise WrongMount(
             f"the shared folder has the fleet id {fleet_id}, but the nodes on this Redis use "
-            f"{known.decode()}: mount the same folder, or use another Redis"
+            f"{name}: mount the same folder, or use another Redis"
         )

@@ -12,7 +12,7 @@ import string
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from celery import Celery, Task
 from celery.utils.functional import head_from_fun
@@ -89,6 +89,23 @@ def refuse_if_dead(request: Any) -> None:
         )
 
 
+@overload
+def job(function: Callable[..., Any]) -> JobTask: ...
+
+
+@overload
+def job(
+    *,
+    key: str | None = None,
+    cpus: int = 1,
+    memory: str | int = "512 MiB",
+    retries: int = 0,
+    timeout: str | float | None = None,
+    after_commit: Callable[[Any], object] | None = None,
+    **options: Any,
+) -> Callable[[Callable[..., Any]], JobTask]: ...
+
+
 def job(
     function: Callable[..., Any] | None = None,
     *,
@@ -141,7 +158,8 @@ def _define(
                 f"{name}: key {key!r} names {{{field}}}; its arguments are "
                 f"{', '.join(parameters[1:]) or 'none'}"
             )
-    for option, value, least in (("cpus", cpus, 1), ("retries", retries, 0)):
+    counts: tuple[tuple[str, object, int], ...] = (("cpus", cpus, 1), ("retries", retries, 0))
+    for option, value, least in counts:
         if not isinstance(value, int) or value < least:
             raise Refused(f"{name}: {option} must be a whole number of at least {least}")
     try:
@@ -158,7 +176,7 @@ def _define(
         raise Refused(f"{name}: memory or timeout: expected {error}") from None
 
 
-def _register(definition: JobDefinition, options: dict[str, Any]) -> Any:
+def _register(definition: JobDefinition, options: dict[str, Any]) -> JobTask:
     from tasks.application import app
     from tasks.attempt import attempt
 
@@ -174,13 +192,14 @@ def _register(definition: JobDefinition, options: dict[str, Any]) -> Any:
             "soft_time_limit": definition.timeout,
             "time_limit": definition.timeout + _HARD_LIMIT_GRACE,
         }
-    return app.task(
+    task: JobTask = app.task(
         bind=True,
         definition=definition,
         max_retries=definition.retries,
         __header__=staticmethod(head_from_fun(function, bound=True)),
         **{**limits, **options},
     )(body)
+    return task
 
 
 def key_of_message(app: Celery, message: Mapping[str, Any]) -> str:

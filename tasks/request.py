@@ -22,6 +22,7 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from broker.transport import current_claimant
+from storage.log import State
 from tasks.results import Outcome, collected_outcomes
 
 logger = get_logger(__name__)
@@ -36,7 +37,7 @@ class Node(Protocol):
     def give_back_lost(self, request: JobRequest) -> None:
         """Return a claim whose child was lost, once the child is dead."""
 
-    def conclude(self, request: JobRequest, state: str, error: BaseException) -> None:
+    def conclude(self, request: JobRequest, state: State, error: BaseException) -> None:
         """Record a final outcome for a child, once it is dead and the log has been read."""
 
     def end_child(self, request: JobRequest) -> None:

@@ -21,7 +21,6 @@ from kombu.exceptions import EncodeError
 
 from broker.scripts import Scripts
 
-
 LARGEST_RESULT = 8 << 20
 """Bytes of an encoded outcome."""
 
@@ -62,7 +61,8 @@ _record: Callable[[Outcome], object] | None = None
 @contextmanager
 def collected_outcomes() -> Iterator[list[Outcome]]:
     """Keep the final outcomes that this thread stores, instead of announcing them."""
-    _collector.outcomes = outcomes = []
+    outcomes: list[Outcome] = []
+    _collector.outcomes = outcomes
     try:
         yield outcomes
     finally:

@@ -35,7 +35,7 @@ def wait_for(fact: Callable[[], T], what: str, timeout: float = 60.0) -> T:
 
 
 class Producer:
-    """Submits jobs to a fleet by name, as another program would, and looks at what became of them."""
+    """Submits jobs to a fleet, as another program would, and looks at what became of them."""
 
     def __init__(self, fleet: Fleet, crash: Path) -> None:
         self.fleet = fleet

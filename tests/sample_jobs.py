@@ -29,13 +29,13 @@ def add(run: Run, a: int, b: int) -> int:
     return a + b
 
 
-@app.task(name="tests.sample_jobs.plain_add")
+@app.task(name="tests.sample_jobs.plain_add")  # type: ignore[untyped-decorator]
 def plain_add(a: int, b: int) -> int:
     """A plain Celery task: no job at all."""
     return a + b
 
 
-@app.task(name="tests.sample_jobs.total")
+@app.task(name="tests.sample_jobs.total")  # type: ignore[untyped-decorator]
 def total(numbers: list[int]) -> int:
     return sum(numbers)
 

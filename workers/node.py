@@ -15,6 +15,7 @@ from celery.worker import state as worker_state
 
 from errors import CohortError
 from storage.directory import conclude_for
+from storage.log import Record, State
 from storage.worktree import WorkTree
 from tasks.request import JobRequest
 from tasks.results import Outcome
@@ -43,7 +44,7 @@ class WorkerNode:
         """Return a claim whose child was lost, once the child is dead."""
         self._aside(self._give_back_lost, request)
 
-    def conclude(self, request: JobRequest, state: str, error: BaseException) -> None:
+    def conclude(self, request: JobRequest, state: State, error: BaseException) -> None:
         """Record a final outcome for a child, once it is dead and the log has been read."""
         self._aside(self._conclude, request, state, error)
 
@@ -59,9 +60,7 @@ class WorkerNode:
         """The lease can't be trusted: end what has no log to fence it. It runs again elsewhere."""
         for request in list(worker_state.active_requests):
             if isinstance(request, JobRequest) and request.key is None:
-                logger.error(
-                    "%s[%s]: stopped, the lease is lost", request.name, request.id
-                )
+                logger.error("%s[%s]: stopped, the lease is lost", request.name, request.id)
                 request.cancel(pool, signal="KILL", emit_retry=False)
 
     def _aside(self, act: Callable[..., None], *arguments: Any) -> None:
@@ -81,28 +80,12 @@ class WorkerNode:
         self._end_child(request)
         self._writer.give_back(request.claim_id, lost=True)
 
-    def _conclude(self, request: JobRequest, state: str, error: BaseException) -> None:
+    def _conclude(self, request: JobRequest, state: State, error: BaseException) -> None:
         assert request.key is not None
         self._end_child(request)
         backend = request.task.backend
-        while not self._stopped.is_set():
-            try:
-                record = conclude_for(
-                    self._root,
-                    request.key,
-                    request.id,
-                    request.claim_id,
-                    state,
-                    backend.prepare_exception(error, serializer="json"),
-                    attempt=request.attempt,
-                    node=self._settings.node,
-                )
-                break
-            except CohortError as trouble:
-                # Full or away: the claim stays ours, and with it the duty to record an end.
-                logger.error("%s[%s]: can't record its end: %s", request.name, request.id, trouble)
-                self._stopped.wait(_PAUSE)
-        else:
+        record = self._record_end(request, state, error)
+        if record is None:
             return
         if record.claim_id == request.claim_id:
             # The child had committed before it died. The next delivery tells that outcome,
@@ -119,3 +102,24 @@ class WorkerNode:
             )
             request.send_event("task-failed", exception=repr(error), traceback="")
             self._writer.finish(request.claim_id)
+
+    def _record_end(self, request: JobRequest, state: State, error: BaseException) -> Record | None:
+        """The task's record, made here if its child made none; None if this node ends first."""
+        assert request.key is not None
+        while not self._stopped.is_set():
+            try:
+                return conclude_for(
+                    self._root,
+                    request.key,
+                    request.id,
+                    request.claim_id,
+                    state,
+                    request.task.backend.prepare_exception(error, serializer="json"),
+                    attempt=request.attempt,
+                    node=self._settings.node,
+                )
+            except CohortError as trouble:
+                # Full or away: the claim stays ours, and with it the duty to record an end.
+                logger.error("%s[%s]: can't record its end: %s", request.name, request.id, trouble)
+                self._stopped.wait(_PAUSE)
+        return None

@@ -100,7 +100,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
 
     def stop(self, worker: Any) -> None:
-        """A warm shutdown: the pool, which ends after this step, still has outcomes to hand over."""
+        """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""
         worker_shutdown.connect(self._leave, weak=False)
 
     def terminate(self, worker: Any) -> None:

@@ -52,7 +52,7 @@ def test_a_killed_node_s_job_ends_on_another(producer: Producer, tmp_path: Path)
 def test_a_node_that_sleeps_past_its_lease_is_late_and_harmless(
     producer: Producer, tmp_path: Path
 ) -> None:
-    """It wakes when its job has ended elsewhere: it is fenced, and the outcome stays what it was."""
+    """It wakes when its job has ended elsewhere: it is fenced, and the outcome stays."""
     result, go = start_held(producer, "sleep", tmp_path)
     asleep = runner_of(producer)
     asleep.pause()

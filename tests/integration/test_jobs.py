@@ -200,7 +200,7 @@ def test_a_stock_producer_can_feed_it(producer: Producer) -> None:
 
 
 def test_the_lock_is_taken_away_and_two_runs_overlap(producer: Producer, tmp_path: Path) -> None:
-    """As a Redis failover would: both read version 0, one commits, the other is fenced and rerun."""
+    """As after a failover of Redis: both read version 0, one commits, the other runs again."""
     files = {name: tmp_path / name for name in ("started-1", "go-1", "started-2", "go-2")}
     first = jobs.count.delay("stolen", str(files["started-1"]), str(files["go-1"]))
     wait_for(files["started-1"].exists, "the first run")
