@@ -432,6 +432,16 @@ class TestGiveBack:
         assert broker.lock_of("k") == "owed:t"
         assert broker.drain(OTHER) == ["t", "behind"]
 
+    def test_before_those_that_are_owed_a_lock(self, broker: Broker) -> None:
+        for task, key in (("holder", "k"), ("came back", None), ("heir", "k")):
+            broker.put(task, key)
+        holder, _ = broker.take(NODE)
+        claim_id, _ = broker.take(NODE)
+        assert broker.ask(NODE)[1] == "nothing"
+        broker.scripts.finish(NODE, holder)
+        broker.scripts.give_back(NODE, claim_id)
+        assert broker.drain(OTHER) == ["came back", "heir"]
+
     def test_before_those_that_wait_for_its_lock(self, broker: Broker) -> None:
         broker.put("t", "k")
         claim_id, _ = broker.take(NODE)

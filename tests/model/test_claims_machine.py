@@ -166,7 +166,8 @@ class Claims(RuleBasedStateMachine):
                 self.claim(number)
                 return renew(*arguments)
 
-            worker.claimant.scripts = _With(scripts, renew=late)
+            replaced: Any = _With(scripts, renew=late)
+            worker.claimant.scripts = replaced
         try:
             word = worker.claimant.renew()
         finally:
