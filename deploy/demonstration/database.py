@@ -101,12 +101,13 @@ class Database:
         return self._select(table, table.name, f"{table.name}_before")
 
     def _select(self, table: Table, *relations: str) -> Rows:
-        names = ", ".join(sorted(self._columns(table)))
+        names = ", ".join(sorted(self.columns(table)))
         parts = (f"SELECT {names} FROM {relation}" for relation in relations)
         with closing(self._open()) as connection:
             return Counter(connection.execute(" UNION ALL ".join(parts)))
 
-    def _columns(self, table: Table) -> list[str]:
+    def columns(self, table: Table) -> list[str]:
+        """The names of its columns, in the order in which they were declared."""
         return list(self._arriving[table.name].column_names)
 
     def _open(self) -> sqlite3.Connection:
@@ -122,7 +123,7 @@ class Database:
             columns.append(f"{field.name} {kind}{rest}")
         connection.execute(f"CREATE TABLE {table.name} ({', '.join(columns)})")
         if table.is_incremental:
-            old = ", ".join(f"OLD.{name}" for name in self._columns(table))
+            old = ", ".join(f"OLD.{name}" for name in self.columns(table))
             connection.executescript(
                 f"CREATE INDEX {table.name}_by_mark ON {table.name} ({WATERMARK});"
                 f"CREATE TABLE {table.name}_before AS SELECT * FROM {table.name} LIMIT 0;"
