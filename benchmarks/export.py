@@ -57,9 +57,10 @@ def main() -> None:
     for way in ways:
         rates = [figures["rows"] / figures["seconds"] for figures in found[way]]
         peaks = [figures["peak"] / 2**20 for figures in found[way]]
+        cpu = statistics.median(figures["cpu"] for figures in found[way])
         print(
             f"{way:8} {statistics.median(rates):11,.0f} rows/s"
-            f" ({min(rates):,.0f} to {max(rates):,.0f})"
+            f" ({min(rates):,.0f} to {max(rates):,.0f})   CPU {cpu:.1f} s"
             f"   peak RSS {statistics.median(peaks):5.0f} MiB ({min(peaks):.0f} to {max(peaks):.0f})"
         )
 
@@ -82,11 +83,11 @@ def measure(way: str, url: str, endpoint: str) -> dict[str, float]:
     )
     with tempfile.TemporaryDirectory() as folder:
         move = {"cohort": with_cohort, "pandas": with_pandas}[way](url, Path(folder))
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         rows = move()
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rows": rows, "seconds": seconds, "peak": peak}
+    return {"rows": rows, "seconds": seconds, "cpu": time.process_time() - cpu, "peak": peak}
 
 
 def with_cohort(url: str, folder: Path) -> Any:

@@ -158,12 +158,39 @@ def _times(type_: pa.DataType, values: Sequence[Any]) -> pa.Array:
 
 def _decimals(type_: pa.DataType, values: Sequence[Any]) -> pa.Array:
     _only(values, int, float, str, Decimal)
+    fast = _decimals_of_reals(type_, values)
+    if fast is not None:
+        return fast
     texts = [None if value is None else str(value) for value in values]
     try:
         return pa.array(texts, pa.string()).cast(type_)
     except pa.ArrowInvalid:
         texts = [_fewer_digits(value, type_.scale) for value in values]
         return pa.array(texts, pa.string()).cast(type_)
+
+
+def _decimals_of_reals(type_: pa.DataType, values: Sequence[Any]) -> pa.Array | None:
+    """The same for REALs and integers, all at once; None where that can't be exact.
+
+    A REAL has 15 decimal digits. So one that lies within 5e-16 of a decimal with no more digits
+    than that is this decimal: it prints as it.
+    """
+    if type_.bit_width != 128 or not set(map(type, values)) <= {int, float, type(None)}:
+        return None
+    reals = pa.array(values, pa.float64())
+    power = 10.0**type_.scale
+    whole = pc.round(pc.multiply(reals, power))
+    if not len(reals) - reals.null_count:
+        return pa.nulls(len(reals), type_)
+    largest = pc.max(pc.abs(whole)).as_py()
+    if not largest < min(1e15, 10.0**type_.precision):
+        return None
+    error = pc.abs(pc.subtract(pc.divide(whole, power), reals))
+    if not pc.all(pc.less_equal(error, pc.multiply(pc.abs(reals), 5e-16))).as_py():
+        return None
+    wide = whole.cast(pa.int64()).cast(pa.decimal128(38, 0))
+    # The same integers, read with the point where it belongs.
+    return pa.Array.from_buffers(type_, len(wide), wide.buffers(), wide.null_count, wide.offset)
 
 
 def _fewer_digits(value: Any, scale: int) -> str | None:

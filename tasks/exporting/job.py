@@ -7,11 +7,13 @@ in a folder that is its alone and counts for nothing until the run's commit; see
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from errors import Refused
 from tasks.exporting import columns as col
 from tasks.exporting import manifests
+from tasks.exporting.ahead import read_ahead
 from tasks.exporting.bucket import Bucket
 from tasks.exporting.columns import Column
 from tasks.exporting.parts import Parts
@@ -164,9 +166,12 @@ class _Export:
     ) -> Parts:
         run = self._run
         total = snapshot.expected_rows(window)
-        with self._parts(snapshot) as parts:
+        with (
+            self._parts(snapshot) as parts,
+            closing(read_ahead(snapshot.batches(window, key))) as batches,
+        ):
             run.progress(0, total, "rows")
-            for batch in snapshot.batches(window, key):
+            for batch in batches:
                 stop_if(run.cancelled)
                 if seen is not None:
                     batch = seen.unseen(batch)

@@ -27,7 +27,8 @@ _REQUEST_CLASSES = ("0A", "22", "25", "28", "3D", "3F", "42")
 _HOPELESS = re.compile(
     r"authentication failed|no pg_hba\.conf entry|no password supplied|does not exist|"
     r"no such (table|column|function)|syntax error|not a database|readonly database|"
-    r"one statement at a time|invalid (dsn|connection option|URI)|permission denied for|could not decode to utf-8",
+    r"one statement at a time|invalid (dsn|connection option|URI)|permission denied for|"
+    r"could not decode to utf-8",
     re.IGNORECASE,
 )
 

@@ -275,7 +275,7 @@ class SqliteSnapshot:
             done += len(rows)
             # Python's objects take some times the room of Arrow's: a quarter of the budget.
             budget = BATCH_BYTES * len(rows) // (4 * (batch.nbytes + 1))
-            size = max(1, min(16384, budget, size * 4))
+            size = max(1, min(2048, budget, size * 4))
             yield batch
 
     def _batch(
