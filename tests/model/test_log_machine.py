@@ -30,6 +30,9 @@ from storage.log import Record
 from storage.worktree import WorkTree
 from tests.storage_kit import Crash, contents
 
+# Only a failure takes long: then the shortest history that shows it is searched for.
+pytestmark = pytest.mark.timeout(600)
+
 NAMES = [f"t{n}" for n in range(8)]
 TASKS = st.sampled_from(NAMES)
 POINTS = [
