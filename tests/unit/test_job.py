@@ -1,0 +1,261 @@
+"""`@job`: what is wrong with a definition or a key is said before anything is sent."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Task
+
+from errors import CohortError, InvalidKey, Refused
+from tasks import Run, app, job
+from tasks.job import JobTask, key_of_message
+
+
+@job(key="export-{table}-{mode}")
+def keyed(run: Run, table: str, mode: str = "full", *, limit: int = 0) -> None:
+    """A job with a default in its key."""
+
+
+@job
+def keyless(run: Run, number: int = 0) -> None:
+    """A job without a key."""
+
+
+@job(key="only-one")
+def single(run: Run) -> None:
+    """A job whose key is always the same."""
+
+
+@job(key="n-{n:04d}", cpus=2, memory="1.5 GiB", retries=4, timeout="2m", queue="large")
+def tuned(run: Run, n: int) -> None:
+    """A job with everything set."""
+
+
+def wrong(run: Run) -> None:
+    """A function that is never to become a job."""
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would have been sent: the options with which Celery was called."""
+    calls: list[dict[str, Any]] = []
+
+    def send(self: Any, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> None:
+        calls.append({"args": args, "kwargs": kwargs, **options})
+
+    monkeypatch.setattr(Task, "apply_async", send)
+    return calls
+
+
+class TestDefinition:
+    def test_it_is_a_celery_task_of_the_app(self) -> None:
+        assert isinstance(keyed, JobTask)
+        assert app.tasks[keyed.name] == keyed
+        assert keyed.__doc__ == "A job with a default in its key."
+
+    def test_what_it_was_told(self) -> None:
+        definition = tuned.definition
+        assert definition is not None
+        assert (definition.cpus, definition.memory) == (2, 3 << 29)
+        assert (definition.retries, definition.timeout) == (4, 120.0)
+        assert tuned.max_retries == 4
+        assert tuned.soft_time_limit == 120.0
+        assert tuned.time_limit > 120.0
+        assert tuned.queue == "large"
+
+    def test_what_it_was_not_told(self) -> None:
+        definition = keyless.definition
+        assert definition is not None
+        assert (definition.key, definition.retries, definition.timeout) == (None, 0, None)
+        assert keyless.max_retries == 0
+        assert keyless.time_limit is None
+
+    @pytest.mark.parametrize(
+        "key", ["x-{tabel}", "{}", "{0}", "{run}", "{table.name}", "{table[0]}"]
+    )
+    def test_a_key_that_names_no_argument(self, key: str) -> None:
+        with pytest.raises(InvalidKey) as raised:
+
+            @job(key=key)
+            def wrong(run: Run, table: str, mode: str) -> None: ...
+
+        assert "wrong" in str(raised.value)
+        assert repr(key) in str(raised.value)
+        assert "table, mode" in str(raised.value)
+
+    def test_a_key_over_no_arguments(self) -> None:
+        with pytest.raises(InvalidKey, match="its arguments are none"):
+
+            @job(key="x-{table}")
+            def wrong(run: Run) -> None: ...
+
+    @pytest.mark.parametrize("key", ["x-{", "x-}", "{table", "{table:{width}}"])
+    @pytest.mark.xfail(reason="a template that isn't one raises ValueError, or KeyError later")
+    def test_a_key_that_is_no_template(self, key: str) -> None:
+        with pytest.raises(InvalidKey, match="wrong"):
+
+            @job(key=key)
+            def wrong(run: Run, table: str) -> None: ...
+
+    def test_without_a_run(self) -> None:
+        with pytest.raises(Refused, match=r"wrong: its first parameter must be the run"):
+
+            @job
+            def wrong() -> None: ...
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("cpus", 0),
+            ("cpus", -1),
+            ("cpus", 1.5),
+            ("cpus", "2"),
+            ("cpus", None),
+            ("retries", -1),
+            ("retries", "3"),
+            ("retries", None),
+            pytest.param(
+                "cpus", True, marks=pytest.mark.xfail(reason="True passes for a number of CPUs")
+            ),
+        ],
+    )
+    def test_numbers_that_are_none(self, option: str, value: Any) -> None:
+        with pytest.raises(Refused, match=f"wrong: {option} must be a whole number"):
+            job(**{option: value})(wrong)
+
+    @pytest.mark.parametrize("value", ["lots", "2 GB", -1, None, "", "1e9"])
+    def test_memory_that_is_none(self, value: Any) -> None:
+        with pytest.raises(Refused, match=r"wrong: memory.*a size such as"):
+
+            @job(memory=value)
+            def wrong(run: Run) -> None: ...
+
+    @pytest.mark.parametrize("value", ["soon", "0s", 0, -5, "", "1 week", "inf"])
+    def test_a_timeout_that_is_none(self, value: Any) -> None:
+        with pytest.raises(Refused, match=r"wrong: .*timeout.*a time span"):
+
+            @job(timeout=value)
+            def wrong(run: Run) -> None: ...
+
+
+class TestKeyOfASubmission:
+    @pytest.mark.parametrize(
+        ("submit", "key"),
+        [
+            (lambda: keyed.delay("customers"), "export-customers-full"),
+            (lambda: keyed.delay("customers", "delta"), "export-customers-delta"),
+            (lambda: keyed.delay(mode="delta", table="t"), "export-t-delta"),
+            (lambda: keyed.delay("t", limit=3), "export-t-full"),
+            (lambda: keyed.apply_async(("t",), {"mode": "x"}), "export-t-x"),
+            (lambda: keyed.apply_async(kwargs={"table": "t"}), "export-t-full"),
+            (lambda: keyed.s("t").apply_async(), "export-t-full"),
+            (lambda: keyed.si("t", "m").delay(), "export-t-m"),
+            (lambda: single.delay(), "only-one"),
+            (lambda: tuned.delay(7), "n-0007"),
+            (lambda: keyed.delay("größe 大"), "export-größe 大-full"),
+        ],
+    )
+    def test_it_is_in_the_header(
+        self, sent: list[dict[str, Any]], submit: Callable[[], Any], key: str
+    ) -> None:
+        submit()
+        assert [call["headers"]["cohort"] for call in sent] == [{"key": key}]
+
+    def test_a_keyless_job_says_so(self, sent: list[dict[str, Any]]) -> None:
+        keyless.delay(1)
+        assert sent[0]["headers"] == {"cohort": {}}
+
+    def test_other_headers_stay(self, sent: list[dict[str, Any]]) -> None:
+        headers = {"mine": 1}
+        keyed.apply_async(("t",), headers=headers)
+        assert sent[0]["headers"] == {"mine": 1, "cohort": {"key": "export-t-full"}}
+        assert headers == {"mine": 1}
+
+    def test_nobody_writes_the_header_but_us(self, sent: list[dict[str, Any]]) -> None:
+        keyed.apply_async(("t",), headers={"cohort": {"key": "another"}})
+        assert sent[0]["headers"]["cohort"] == {"key": "export-t-full"}
+
+    @pytest.mark.parametrize(
+        "table", ["a/b", "..", "x\0y", "x\ny", "n" * 300, "\ud800", "../../etc/passwd"]
+    )
+    def test_a_key_that_can_name_no_directory_is_refused(
+        self, sent: list[dict[str, Any]], table: str
+    ) -> None:
+        with pytest.raises(InvalidKey, match="job key"):
+            keyed.delay(table)
+        assert sent == []
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs"), [((), {}), (("a", "b", "c"), {}), (("a",), {"tabel": "b"})]
+    )
+    def test_arguments_that_do_not_fit_are_refused(
+        self, sent: list[dict[str, Any]], args: Any, kwargs: Any
+    ) -> None:
+        with pytest.raises(TypeError, match="keyed"):
+            keyed.apply_async(args, kwargs)
+        assert sent == []
+
+    @pytest.mark.xfail(
+        raises=ValueError, reason="a format that doesn't fit its argument isn't named"
+    )
+    def test_an_argument_that_does_not_fit_its_format_is_refused(
+        self, sent: list[dict[str, Any]]
+    ) -> None:
+        with pytest.raises(CohortError, match="tuned"):
+            tuned.delay("seven")
+        assert sent == []
+
+
+UNREADABLE = pytest.mark.xfail(
+    reason="loads() is told to accept 'json', knows it as 'application/json', and always refuses"
+)
+
+
+class TestKeyOfAStockMessage:
+    def message(self, task: str, args: Any, kwargs: Any) -> dict[str, Any]:
+        body = json.dumps([args, kwargs, {}]).encode()
+        return {
+            "headers": {"id": "t", "task": task},
+            "properties": {"body_encoding": "base64"},
+            "content-type": "application/json",
+            "content-encoding": "utf-8",
+            "body": base64.b64encode(body).decode(),
+        }
+
+    @UNREADABLE
+    def test_it_is_the_one_that_we_would_have_sent(self) -> None:
+        message = self.message(keyed.name, ["customers"], {"mode": "delta"})
+        assert key_of_message(app, message) == "export-customers-delta"
+
+    @UNREADABLE
+    def test_a_body_without_encoding(self) -> None:
+        message = self.message(keyed.name, [], {})
+        message["body"] = json.dumps([["t"], {}, {}])
+        message["properties"] = {}
+        assert key_of_message(app, message) == "export-t-full"
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"headers": {"id": "t", "task": "nobody.knows"}},
+            {"headers": {"id": "t"}},
+            {"headers": {"id": "t", "task": None}},
+            {"headers": {"id": "t", "task": keyless.name}},
+            {"body": "not base64!"},
+            {"body": None},
+            {"body": base64.b64encode(b"[1]").decode()},
+            {"content-type": "application/x-python-serialize"},
+            {"content-type": None},
+        ],
+    )
+    def test_what_has_no_key_or_cannot_be_read(self, change: dict[str, Any]) -> None:
+        message = {**self.message(keyed.name, ["t"], {}), **change}
+        assert key_of_message(app, message) == ""
+
+    def test_a_key_that_can_name_no_directory_is_none(self) -> None:
+        # Its attempt fails with the reason.
+        assert key_of_message(app, self.message(keyed.name, ["a/b"], {})) == ""
