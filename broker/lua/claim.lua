@@ -57,7 +57,9 @@ if held then
 end
 
 -- First what is owed a lock or came back.
-for _, raw in ipairs(redis.call('LRANGE', K.ready, 0, 49)) do
+local first = redis.call('LRANGE', K.ready, 0, 49)
+local theirs = 0
+for _, raw in ipairs(first) do
     local claim = cjson.decode(raw)
     if served[claim.queue] then
         redis.call('LREM', K.ready, 1, raw)
@@ -68,6 +70,14 @@ for _, raw in ipairs(redis.call('LRANGE', K.ready, 0, 49)) do
         else
             return take(claim)
         end
+    else
+        theirs = theirs + 1
+    end
+end
+if theirs == 50 then
+    -- Their queues may have no node at all: what stands behind them mustn't wait for one.
+    for _ = 1, theirs do
+        redis.call('LMOVE', K.ready, K.ready, 'LEFT', 'RIGHT')
     end
 end
 
@@ -94,7 +104,9 @@ for _, list in ipairs(lists) do
         local whole, message = pcall(cjson.decode, payload)
         local headers = whole and type(message) == 'table' and message.headers
         if type(headers) ~= 'table' or type(headers.id) ~= 'string'
-            or type(message.properties) ~= 'table' or type(message.properties.delivery_tag) ~= 'string' then
+            or type(message.properties) ~= 'table' or type(message.properties.delivery_tag) ~= 'string'
+            or (type(headers.cohort) == 'table' and type(headers.cohort.key) == 'string'
+                and string.find(headers.cohort.key, '\0', 1, true)) then
             redis.call('LPUSH', K.dead, payload)
             redis.call('LTRIM', K.dead, 0, 999)
         else

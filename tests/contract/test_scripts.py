@@ -64,6 +64,19 @@ class TestClaim:
         assert broker.drain(OTHER, "b") == ["ours"]
         assert broker.drain(OTHER, "a") == ["theirs"]
 
+    def test_what_nobody_serves_holds_nobody_up(self, broker: Broker) -> None:
+        broker.queues = ("a", "b")
+        claims = []
+        for queue, count in (("b", 1), ("a", 120)):
+            for number in range(count):
+                broker.put(f"{queue}{number}", queue=queue)
+                claims.append(broker.take(NODE)[0])
+        for claim_id in claims:
+            broker.scripts.give_back(NODE, claim_id)
+        assert broker.client.lindex(keys.READY, -1).count(b'"task":"b0"') == 1
+        assert any(broker.drain(OTHER, "b") == ["b0"] for _ in range(3))
+        assert len(broker.drain(NODE, "a")) == 120
+
     def test_a_reply_tells_what_was_claimed(self, broker: Broker) -> None:
         broker.put("t", "k")
         _, claimed = broker.claim(NODE)
@@ -115,6 +128,7 @@ class TestClaim:
             '{"headers": {"id": "t"}, "properties": {}}',
             '{"headers": {"id": "t"}, "properties": {"delivery_tag": "x"}',
             b"\xff\xfe\x00",
+            message("t", "k\0k"),
             "[" * 2000,
         ],
     )

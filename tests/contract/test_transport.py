@@ -239,6 +239,27 @@ class TestDelivery:
         broker.client.lpush(QUEUE, message("t"))
         assert task_of(worker.next()) == "t"
 
+    def test_looks_that_brought_nothing_are_forgotten(
+        self,
+        broker: Broker,
+        claimant: Claimant,
+        worker: Client,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        # Each renewal names what is known: an idle worker would say more and more.
+        named: list[int] = []
+        renew = broker.scripts.renew
+
+        def count(member: str, lease: float, asked: int, known: list[str]) -> Any:
+            named.append(len(known))
+            return renew(member, lease, asked, known)
+
+        monkeypatch.setattr(claimant.scripts, "renew", count)
+        assert worker.nothing_comes()
+        assert worker.nothing_comes()
+        assert claimant.renew() == "renewed"
+        assert named[0] <= 1
+
     def test_one_run_of_a_key_at_a_time(
         self, broker: Broker, producer: Client, worker: Client
     ) -> None:
