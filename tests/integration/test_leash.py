@@ -96,6 +96,9 @@ def test_a_killed_leash_takes_its_process_group_along(mark: str, tmp_path: Path)
     part.wait_until(lambda: "started" in part.log.read_text(), 30, "started")
     (leash,) = {pid for pid in marked(mark) if pid != part.pid and b"leash" in cmdline(pid)}
     os.kill(leash, signal.SIGKILL)
+    # The part's own process falls without anybody's help, the rest with its owner's.
+    wait_until(lambda: part.pid not in marked(mark))
+    assert marked(mark) != set()
     wait_until(lambda: not part.is_running)
     wait_until(lambda: marked(mark) == set())
 

@@ -43,6 +43,7 @@ case "$*" in
         echo venv >>"$STUB/calls"
         rm -rf "$4"
         mkdir -p "$4/bin" "$4/site"
+        [ ! -e "$STUB/venv-gate" ] || cat "$STUB/venv-gate"
         : >"$4/pyvenv.cfg"
         cp "$STUB/python" "$4/bin/python"
         exit 0 ;;
@@ -243,20 +244,37 @@ def test_a_failed_installation_says_why_and_is_tried_again(
     assert copy.run("nodes").returncode == 0
 
 
-def test_a_killed_set_up_is_not_believed(copy: Copy) -> None:
-    os.mkfifo(copy.stub / "gate")
-    killed = copy.start("nodes")
-    wait_until(
-        lambda: (copy.stub / "calls").exists() and "pip" in (copy.stub / "calls").read_text()
-    )
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate(timeout=30)
-    (copy.stub / "gate").unlink()
-    assert copy.calls == ["venv", "pip"]
+@pytest.mark.parametrize(("step", "gate"), [("venv", "venv-gate"), ("pip", "gate")])
+def test_a_killed_set_up_is_made_anew(copy: Copy, step: str, gate: str) -> None:
+    kill_at(copy, step, gate)
     again = copy.run("nodes")
-    assert again.returncode == 0
+    assert again.returncode == 0, again.stderr
     assert "setting up" in again.stderr
     assert copy.calls == ["venv", "pip"]
+
+
+def test_a_killed_change_is_made_anew_also_when_it_is_taken_back(copy: Copy) -> None:
+    assert copy.run("nodes").returncode == 0
+    before = (copy.root / "requirements.txt").read_text()
+    (copy.root / "requirements.txt").write_text("one==2.0\n")
+    kill_at(copy, "pip", "gate")
+    (copy.root / "requirements.txt").write_text(before)
+    assert copy.run("nodes").returncode == 0
+    assert copy.calls == ["venv", "pip"]
+
+
+def kill_at(copy: Copy, step: str, gate: str) -> None:
+    """Start a set-up and kill it, and all that it has started, in the middle of a step."""
+    log = copy.stub / "calls"
+    log.unlink(missing_ok=True)
+    os.mkfifo(copy.stub / gate)
+    killed = copy.start("nodes")
+    wait_until(lambda: log.exists() and step in log.read_text())
+    wait_until(lambda: step == "pip" or (copy.root / ".venv" / "site").exists())
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate(timeout=30)
+    (copy.stub / gate).unlink()
+    log.unlink()
 
 
 def test_of_two_first_uses_at_once_one_sets_up_and_one_waits(copy: Copy) -> None:
@@ -287,14 +305,17 @@ def test_a_moved_project_is_set_up_anew(copy: Copy) -> None:
     assert copy.calls == ["venv", "pip"]
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(copy: Copy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["thesis", "pyvenv.cfg"])
+def test_a_folder_that_the_script_did_not_make_is_left_alone(
+    copy: Copy, tmp_path: Path, name: str
+) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
-    (precious / "thesis").write_text("forty years")
+    (precious / name).write_text("forty years")
     refused = copy.run("nodes", COHORT_VENV=str(precious))
     assert refused.returncode == 1
     assert f"{precious} is in the way" in refused.stderr
-    assert (precious / "thesis").read_text() == "forty years"
+    assert (precious / name).read_text() == "forty years"
     assert copy.calls == []
 
 
