@@ -27,8 +27,8 @@ from typing import Any
 
 CHUNK = 50_000
 _COLUMNS = (
-    "id INTEGER PRIMARY KEY, customer BIGINT NOT NULL, price DECIMAL(12,2), weight DOUBLE PRECISION,"
-    " name TEXT, updated TIMESTAMP NOT NULL"
+    "id INTEGER PRIMARY KEY, customer BIGINT NOT NULL, price DECIMAL(12,2),"
+    " weight DOUBLE PRECISION, name TEXT, updated TIMESTAMP NOT NULL"
 )
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         print(
             f"{way:8} {statistics.median(rates):11,.0f} rows/s"
             f" ({min(rates):,.0f} to {max(rates):,.0f})   CPU {cpu:.1f} s"
-            f"   peak RSS {statistics.median(peaks):5.0f} MiB ({min(peaks):.0f} to {max(peaks):.0f})"
+            f"   peak RSS {statistics.median(peaks):.0f} MiB ({min(peaks):.0f} to {max(peaks):.0f})"
         )
 
 

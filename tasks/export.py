@@ -27,7 +27,7 @@ def publish_manifest(result: dict[str, Any]) -> None:
     manifests.publish(result)
 
 
-@job(  # type: ignore[untyped-decorator]
+@job(
     key="export-{source}-{table}",
     cpus=1,
     memory="2 GiB",
@@ -76,7 +76,7 @@ def export(
     return run_export(run, request, current().sources)
 
 
-@job(cpus=1)  # type: ignore[untyped-decorator]
+@job(cpus=1)
 def export_daily(run: Run) -> list[str]:
     """Submit one export for each `[[exports]]` of the settings; returns their task ids.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from queue import Empty, Full, Queue
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow as pa
 _DEPTH = 3
 
 
-def read_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def read_ahead(batches: Iterator[pa.RecordBatch]) -> Generator[pa.RecordBatch, None, None]:
     """The same batches. When this iterator ends or is closed, the thread has ended too."""
     ready: Queue[pa.RecordBatch | BaseException | None] = Queue(_DEPTH)
     stop = threading.Event()

@@ -13,7 +13,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ Mark = int | float | Decimal | dt.date | dt.datetime
 TIMESTAMP = pa.timestamp("us")
 TIMESTAMP_UTC = pa.timestamp("us", "UTC")
 TIME = pa.time64("us")
+_EXACTLY = Context(prec=400, traps=[Inexact, InvalidOperation])
 UNBOUNDED = pa.decimal128(38, 18)
 """Of a numeric without precision: 20 digits before the point and 18 after it, or refused."""
 
@@ -161,12 +162,8 @@ def _decimals(type_: pa.DataType, values: Sequence[Any]) -> pa.Array:
     fast = _decimals_of_reals(type_, values)
     if fast is not None:
         return fast
-    texts = [None if value is None else str(value) for value in values]
-    try:
-        return pa.array(texts, pa.string()).cast(type_)
-    except pa.ArrowInvalid:
-        texts = [_fewer_digits(value, type_.scale) for value in values]
-        return pa.array(texts, pa.string()).cast(type_)
+    # Rounding is looked for here: Arrow 26 makes 0.00 of 6.1e-60 without a word.
+    return pa.array([_decimal(value, type_.scale) for value in values], type_)
 
 
 def _decimals_of_reals(type_: pa.DataType, values: Sequence[Any]) -> pa.Array | None:
@@ -177,7 +174,10 @@ def _decimals_of_reals(type_: pa.DataType, values: Sequence[Any]) -> pa.Array | 
     """
     if type_.bit_width != 128 or not set(map(type, values)) <= {int, float, type(None)}:
         return None
-    reals = pa.array(values, pa.float64())
+    try:
+        reals = pa.array(values, pa.float64())
+    except pa.ArrowInvalid:
+        return None  # an integer above 2**53
     power = 10.0**type_.scale
     whole = pc.round(pc.multiply(reals, power))
     if not len(reals) - reals.null_count:
@@ -193,13 +193,22 @@ def _decimals_of_reals(type_: pa.DataType, values: Sequence[Any]) -> pa.Array | 
     return pa.Array.from_buffers(type_, len(wide), wide.buffers(), wide.null_count, wide.offset)
 
 
-def _fewer_digits(value: Any, scale: int) -> str | None:
-    """A REAL keeps 15 decimal digits of what was written; its shortest form may show more."""
-    if isinstance(value, float) and math.isfinite(value):
-        exponent = Decimal(str(value)).as_tuple().exponent
-        if isinstance(exponent, int) and -exponent > scale:
-            return f"{value:.15g}"
-    return None if value is None else str(value)
+def _decimal(value: Any, scale: int) -> Decimal | None:
+    if value is None:
+        return None
+    try:
+        number = Decimal(str(value))
+        if isinstance(value, float) and number.as_tuple().exponent < -scale:  # type: ignore[operator]
+            # A REAL keeps 15 digits of what was written; its shortest form may show more.
+            number = Decimal(f"{value:.15g}")
+    except (ArithmeticError, TypeError):
+        number = Decimal("NaN")
+    if not number.is_finite():
+        raise ValueError("not a finite number")
+    try:
+        return number.quantize(Decimal((0, (1,), -scale)), context=_EXACTLY)
+    except ArithmeticError:
+        raise ValueError("it has more digits") from None
 
 
 def _jsons(type_: pa.DataType, values: Sequence[Any]) -> pa.Array:

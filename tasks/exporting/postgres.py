@@ -15,6 +15,7 @@ from typing import Any
 import adbc_driver_postgresql.dbapi as adbc
 import psycopg
 import pyarrow as pa
+import pyarrow.compute as pc
 import sqlalchemy as sa
 
 from errors import Refused
@@ -160,7 +161,9 @@ class _Description:
                 type_ = col.decimal_type(entry.precision, entry.scale)
                 if entry.precision is not None:
                     declared = f"numeric({entry.precision},{entry.scale})"
-                found = (type_, "{}::text") if type_ is not None else None
+                # Without zeros at the end, so that the length of a text tells if it fits.
+                text = "{}::text" if entry.precision is not None else "trim_scale({})::text"
+                found = (type_, text) if type_ is not None else None
             elif kind == b"e" or kind == "e":
                 found = (pa.string(), "{}::text")
             if found is None:
@@ -234,7 +237,7 @@ class PostgresSnapshot:
     def _finished(self, column: Column, array: pa.Array, name_row: Any) -> pa.Array:
         if array.type != column.type:
             try:
-                array = array.cast(column.type)
+                array = _cast(array, column.type)
             except pa.ArrowInvalid:
                 raise col.misfit(
                     column, name_row(_first_misfit(column, array)), "a value"
@@ -245,12 +248,21 @@ class PostgresSnapshot:
         return array
 
 
+def _cast(array: pa.Array, type_: pa.DataType) -> pa.Array:
+    if type_ == col.UNBOUNDED:
+        longest = pc.max(pc.utf8_length(array)).as_py()
+        # Arrow 26 makes 0 of 1e-60 without a word; 38 digits, a sign, "0." fit into 41.
+        if longest is not None and longest > 41:
+            raise pa.ArrowInvalid("more digits than the type has")
+    return array.cast(type_)
+
+
 def _first_misfit(column: Column, array: pa.Array) -> int:
     low, high = 0, len(array)
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            array.slice(low, middle - low).cast(column.type)
+            _cast(array.slice(low, middle - low), column.type)
             low = middle
         except pa.ArrowInvalid:
             high = middle

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import Logger
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from urllib.parse import quote, quote_plus
 
 import botocore.exceptions
@@ -61,11 +61,15 @@ def database_errors(source: str, secrets: Secrets) -> Iterator[None]:
     except Exception as error:
         if not _is_from_a_driver(error):
             raise
-        translated = _translated(source, error, secrets)
-    else:
-        return
-    # Outside the except block: a driver's error must not travel along as the context either.
-    raise translated
+        _raise_alone(_translated(source, error, secrets))
+
+
+def _raise_alone(error: CohortError) -> NoReturn:
+    """Raise it without the driver's error, which may hold a secret, as its cause or context."""
+    try:
+        raise error from None
+    finally:
+        error.__context__ = None
 
 
 def _is_from_a_driver(error: Exception) -> bool:
@@ -104,10 +108,7 @@ def s3_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError) as error:
-        translated = _translated_s3(what, error)
-    else:
-        return
-    raise translated
+        _raise_alone(_translated_s3(what, error))
 
 
 _S3_REFUSED = {

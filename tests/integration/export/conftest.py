@@ -1,4 +1,4 @@
-"""A real S3 API, a real PostgreSQL, SQLite files, and a job directory that is committed as a run's is."""
+"""A real S3 API, a real PostgreSQL, SQLite files, and a job directory that runs commit to."""
 
 from __future__ import annotations
 

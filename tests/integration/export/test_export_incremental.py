@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from errors import Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from errors import Refused
 
 INCREMENTAL: dict[str, Any] = {"mode": "incremental", "column": "at"}
 TABLE = "CREATE TABLE t (id INTEGER PRIMARY KEY, at TIMESTAMP NOT NULL, note TEXT)"
@@ -78,7 +79,7 @@ def test_rows_that_arrive_while_runs_go_on_are_exported_once(export: Any, source
 
 def test_a_run_reads_one_snapshot(export: Any, source: Any) -> None:
     insert(source, *((n, at(n // 50)) for n in range(3000)))
-    late = []
+    late: list[int] = []
 
     def insert_below_the_bound(progress: Any) -> None:
         if not late:
@@ -91,9 +92,7 @@ def test_a_run_reads_one_snapshot(export: Any, source: Any) -> None:
     assert ids(export) == [*range(3000), 9000, 9001]
 
 
-def test_lookback_finds_rows_that_commit_later_with_older_values(
-    export: Any, source: Any
-) -> None:
+def test_lookback_finds_rows_that_commit_later_with_older_values(export: Any, source: Any) -> None:
     insert(source, (1, at(0)), (2, at(600)))
     lookback = {**INCREMENTAL, "lookback": "5m"}
     assert export.run(**lookback)["rows"] == 2
@@ -274,7 +273,9 @@ def test_any_history_is_exported_exactly_once(
     sqlite.execute("DROP TABLE IF EXISTS t")
     sqlite.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, at INTEGER NOT NULL)")
     arguments = {**INCREMENTAL, "lookback": lookback}
-    highest_run, top, rows = None, 0, {}
+    highest_run: int | None = None
+    top = 0
+    rows: dict[int, int] = {}
     history: Counter[tuple[int, int]] = Counter()
     for step, value in [*steps, ("run", 0)]:
         if step == "insert":

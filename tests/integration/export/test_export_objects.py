@@ -110,7 +110,9 @@ def test_unfinished_uploads_go_when_their_version_is_decided(
     export.run(**INCREMENTAL)
 
     def uploads() -> set[str]:
-        return {u["Key"].split("/p")[0] for u in s3.list_multipart_uploads(Bucket=bucket)["Uploads"]}
+        return {
+            u["Key"].split("/p")[0] for u in s3.list_multipart_uploads(Bucket=bucket)["Uploads"]
+        }
 
     assert uploads() == {"raw/t/v00000002-x-y", "raw/t2/v00000001-x-y"}
     export.run(**INCREMENTAL)
@@ -132,7 +134,7 @@ def test_a_failure_in_the_middle_leaves_no_upload(
     def look(progress: Any) -> None:
         begun.extend(s3.list_multipart_uploads(Bucket=bucket).get("Uploads", ()))
 
-    with pytest.raises(Refused, match='"n".* row id=1000'):
+    with pytest.raises(Refused, match=r'"n".* row id=1000'):
         export.attempt(on_progress=look)
     assert begun
     assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)

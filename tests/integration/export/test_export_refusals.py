@@ -149,7 +149,7 @@ def test_a_wrong_password_stays_secret(
         else:
             url = url.set(password=None).update_query_dict({"password": PASSWORD})
         export.sources["main"] = url.render_as_string(hide_password=False)
-        with pytest.raises(Refused, match="source 'main': .*password authentication failed") as it:
+        with pytest.raises(Refused, match=r"source 'main': .*password authentication failed") as it:
             export.run()
         assert_secret(it.value)
     finally:
@@ -172,5 +172,5 @@ def test_a_url_that_is_none(export: Any) -> None:
 
 def test_a_dialect_without_a_known_snapshot(export: Any) -> None:
     export.sources["main"] = "firebird://host/db"
-    with pytest.raises(Refused, match="source 'main': .*firebird"):
+    with pytest.raises(Refused, match=r"source 'main': .*firebird"):
         export.run()

@@ -45,7 +45,9 @@ def test_a_removed_or_changed_column_is_refused(export: Any, source: Any, policy
     export.run(**INCREMENTAL)
     source.execute("DROP TABLE t")
     source.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, n DECIMAL(9,1) NOT NULL)")
-    with pytest.raises(Refused, match=r'removed "old"; changed "n" from int.* to decimal128\(9, 1\)'):
+    with pytest.raises(
+        Refused, match=r'removed "old"; changed "n" from int.* to decimal128\(9, 1\)'
+    ):
         export.run(**INCREMENTAL, on_schema_change=policy)
 
 

@@ -38,15 +38,19 @@ def test_postgres_types_round_trip(export: Any, postgres: Any) -> None:
     )
     text = PLANES.replace("\x00", "") + "x" * 300_000
     row = (
-        (1, -32768, 2**63 - 1, 0.5, -math.inf, True, Decimal("12345678.1234"), Decimal(12300))
-        + (Decimal("9" * 30 + "." + "1" * 30), Decimal("-0.000000000000000001"), Decimal("1.10"))
-        + (text, "ten", "ab", b"\x00\xff", ID, '{"a":  1}', '{"b": [null]}')
-        + (dt.date(1, 1, 1), MOMENT, MOMENT.replace(tzinfo=dt.UTC), dt.time(23, 59, 59, 1))
-        + ("sad", 7, 4294967295)
+        *(1, -32768, 2**63 - 1, 0.5, -math.inf, True, Decimal("12345678.1234"), Decimal(12300)),
+        *(
+            Decimal("9" * 30 + "." + "1" * 30),
+            Decimal("-12345678901234567890.000000000000000001"),
+            Decimal("1.10"),
+        ),
+        *(text, "ten", "ab", b"\x00\xff", ID, '{"a":  1}', '{"b": [null]}'),
+        *(dt.date(1, 1, 1), MOMENT, MOMENT.replace(tzinfo=dt.UTC), dt.time(23, 59, 59, 1)),
+        *("sad", 7, 4294967295),
     )
     with psycopg.connect(postgres.url) as connection:
         marks = ", ".join(["%s"] * len(row))
-        connection.execute(f"INSERT INTO t VALUES ({marks})", row)  # type: ignore[arg-type]
+        connection.execute(f"INSERT INTO t VALUES ({marks})", row)
         connection.execute("INSERT INTO t (id, f8, f4) VALUES (2, 'NaN', 'NaN')")
         connection.execute("SET TIME ZONE 'Asia/Kathmandu'")
         connection.execute("INSERT INTO t (id, tz) VALUES (3, '9999-12-31 00:00:00')")
@@ -91,6 +95,10 @@ def test_postgres_types_that_cant_be_carried(
         ("numeric", "'NaN'"),
         ("numeric(5,2)", "'NaN'"),
         ("numeric", "1e-19"),
+        ("numeric", "1e-60"),
+        ("numeric", "1e-400"),
+        ("numeric", "1e20"),
+        ("numeric", "1e400"),
         ("timestamp", "'infinity'"),
         ("timestamptz", "'-infinity'"),
         ("timestamp", "'294276-12-31'"),
@@ -121,12 +129,16 @@ def test_sqlite_types_round_trip(export: Any, sqlite: Any) -> None:
     marks = ", ".join("?" * 15)
     sqlite.execute(
         f"INSERT INTO t ({columns}) VALUES ({marks})",
-        (1, -(2**63), 0.1, 1, 12345678.1234, PLANES, "ten", b"\x00\xff", str(ID), '{"a": 1}')
-        + ("2024-02-29", "2024-02-29T23:59:59.999999", "2024-03-01 05:44:59+05:45")
-        + ("23:59:59.000001", 12345678901234567),
+        (
+            *(1, -(2**63), 0.1, 1, 12345678.1234, PLANES, "ten", b"\x00\xff", str(ID), '{"a": 1}'),
+            *("2024-02-29", "2024-02-29T23:59:59.999999", "2024-03-01 05:44:59+05:45"),
+            *("23:59:59.000001", 12345678901234567),
+        ),
         (2, *[None] * 14),
-        (3, 5, math.inf, 0, "0.1", "x" * 300_000, "", b"", ID.bytes, "17", "0001-01-01")
-        + ("2024-01-01", "2024-01-01T00:00:00Z", "00:00", 0.0),
+        (
+            *(3, 5, math.inf, 0, "0.1", "x" * 300_000, "", b"", ID.bytes, "17", "0001-01-01"),
+            *("2024-01-01", "2024-01-01T00:00:00Z", "00:00", 0.0),
+        ),
     )
     export.run()
     table = reader.read_rows(export.to, "t").sort_by("id")
