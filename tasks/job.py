@@ -16,7 +16,7 @@ from typing import Any, overload
 
 from celery import Celery, Task
 from celery.utils.functional import head_from_fun
-from kombu.serialization import loads
+from kombu.serialization import loads, prepare_accept_content
 
 from errors import CohortError, DeadLettered, InvalidKey, Refused
 from storage.keys import check_key
@@ -44,7 +44,13 @@ class JobDefinition:
             return None
         bound = inspect.signature(self.function).bind(None, *args, **kwargs)
         bound.apply_defaults()
-        return check_key(self.key.format(**bound.arguments))
+        try:
+            key = self.key.format(**bound.arguments)
+        except (ValueError, TypeError) as error:
+            raise InvalidKey(
+                f"{self.function.__qualname__}: key {self.key!r} doesn't fit its arguments: {error}"
+            ) from None
+        return check_key(key)
 
 
 class JobTask(Task):  # type: ignore[misc]
@@ -152,15 +158,15 @@ def _define(
     parameters = list(inspect.signature(function).parameters)
     if not parameters:
         raise Refused(f"{name}: its first parameter must be the run: def {function.__name__}(run)")
-    for _, field, _, _ in string.Formatter().parse(key or ""):
-        if field is not None and field not in parameters[1:]:
+    for field in _fields_of(key or "", name):
+        if field not in parameters[1:]:
             raise InvalidKey(
                 f"{name}: key {key!r} names {{{field}}}; its arguments are "
                 f"{', '.join(parameters[1:]) or 'none'}"
             )
     counts: tuple[tuple[str, object, int], ...] = (("cpus", cpus, 1), ("retries", retries, 0))
     for option, value, least in counts:
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise Refused(f"{name}: {option} must be a whole number of at least {least}")
     try:
         return JobDefinition(
@@ -174,6 +180,18 @@ def _define(
         )
     except ValueError as error:
         raise Refused(f"{name}: memory or timeout: expected {error}") from None
+
+
+def _fields_of(template: str, name: str) -> list[str]:
+    """The arguments that a key names, also those inside a format: `{n:{width}}`."""
+    fields = []
+    try:
+        for _, field, spec, _ in string.Formatter().parse(template):
+            if field is not None:
+                fields += [field, *_fields_of(spec or "", name)]
+    except ValueError as error:
+        raise InvalidKey(f"{name}: key {template!r} is no template: {error}") from None
+    return fields
 
 
 def _register(definition: JobDefinition, options: dict[str, Any]) -> JobTask:
@@ -213,7 +231,10 @@ def key_of_message(app: Celery, message: Mapping[str, Any]) -> str:
         if message["properties"].get("body_encoding") == "base64":
             body = b64decode(body)
         args, kwargs, _ = loads(
-            body, message["content-type"], message["content-encoding"], accept={"json"}
+            body,
+            message["content-type"],
+            message["content-encoding"],
+            accept=prepare_accept_content(["json"]),
         )
         return definition.key_of(args, kwargs) or ""
     except Exception:

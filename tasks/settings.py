@@ -119,7 +119,7 @@ class Settings:
 
     root: Path | None = _setting(_folder)
     """The shared folder (EFS) with job directories and outcomes. Workers need it."""
-    redis: str = _setting(_redis, "redis://127.0.0.1:6379/0")
+    redis: str = field(default="redis://127.0.0.1:6379/0", metadata={"parse": _redis}, repr=False)
     node: str = _setting(_name, factory=lambda: _name(socket.gethostname().split(".")[0]))
     """This machine's name in the fleet."""
     cpus: int = _setting(_count, factory=_default_cpus)
@@ -166,7 +166,7 @@ class Settings:
                 raise SettingsError(f"{where}: set {name} in the settings file, as a table")
             try:
                 values[name] = known[name].metadata["parse"](value)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 # The value isn't shown: it may hold a password.
                 raise SettingsError(f"{where}: expected {error}") from None
         return cls(**values)

@@ -196,7 +196,11 @@ def test_a_stock_producer_can_feed_it(producer: Producer) -> None:
                     **message.properties,
                 )
             sent.append(producer.app.AsyncResult(task_id))
-    assert sorted(result.get(timeout=20)["n"] for result in sent) == [1, 2, 3]
+    outcomes = [result.get(timeout=20) for result in sent]
+    assert sorted(outcome["n"] for outcome in outcomes) == [1, 2, 3]
+    # One at a time: each has its one folder, none was fenced and run again.
+    runs = producer.fleet.root / "jobs" / "count-stock" / "runs"
+    assert [len(list((runs / result.id).iterdir())) for result in sent] == [1, 1, 1]
 
 
 def test_the_lock_is_taken_away_and_two_runs_overlap(producer: Producer, tmp_path: Path) -> None:

@@ -94,7 +94,6 @@ class TestDefinition:
             def wrong(run: Run) -> None: ...
 
     @pytest.mark.parametrize("key", ["x-{", "x-}", "{table", "{table:{width}}"])
-    @pytest.mark.xfail(reason="a template that isn't one raises ValueError, or KeyError later")
     def test_a_key_that_is_no_template(self, key: str) -> None:
         with pytest.raises(InvalidKey, match="wrong"):
 
@@ -118,9 +117,7 @@ class TestDefinition:
             ("retries", -1),
             ("retries", "3"),
             ("retries", None),
-            pytest.param(
-                "cpus", True, marks=pytest.mark.xfail(reason="True passes for a number of CPUs")
-            ),
+            ("cpus", True),
         ],
     )
     def test_numbers_that_are_none(self, option: str, value: Any) -> None:
@@ -199,20 +196,12 @@ class TestKeyOfASubmission:
             keyed.apply_async(args, kwargs)
         assert sent == []
 
-    @pytest.mark.xfail(
-        raises=ValueError, reason="a format that doesn't fit its argument isn't named"
-    )
     def test_an_argument_that_does_not_fit_its_format_is_refused(
         self, sent: list[dict[str, Any]]
     ) -> None:
         with pytest.raises(CohortError, match="tuned"):
             tuned.delay("seven")
         assert sent == []
-
-
-UNREADABLE = pytest.mark.xfail(
-    reason="loads() is told to accept 'json', knows it as 'application/json', and always refuses"
-)
 
 
 class TestKeyOfAStockMessage:
@@ -226,12 +215,10 @@ class TestKeyOfAStockMessage:
             "body": base64.b64encode(body).decode(),
         }
 
-    @UNREADABLE
     def test_it_is_the_one_that_we_would_have_sent(self) -> None:
         message = self.message(keyed.name, ["customers"], {"mode": "delta"})
         assert key_of_message(app, message) == "export-customers-delta"
 
-    @UNREADABLE
     def test_a_body_without_encoding(self) -> None:
         message = self.message(keyed.name, [], {})
         message["body"] = json.dumps([["t"], {}, {}])
