@@ -42,6 +42,10 @@ _LONGEST_PAUSE = 300.0
 _STORAGE_PAUSE = 1.0
 
 
+class GoesBack(Ignore):  # type: ignore[misc]
+    """This attempt has no outcome; its claim returns to the front. For Celery's log no error."""
+
+
 def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run one attempt of a job. Returns its result; Celery's tracer does the rest."""
     key = _key_of(task, args, kwargs)
@@ -146,13 +150,13 @@ def _conclude(task: JobTask, mine: Attempt, error: Exception) -> None:
     record = mine.conclude("FAILURE", outcome, attempt=_attempt_number(task), node=current().node)
     if record.claim_id != mine.claim_id:
         # The tracer is told on the next delivery; here a failure is already on its way out.
-        raise Reject(f"{task.request.id} has an outcome already", requeue=True)
+        raise GoesBack(f"{task.request.id} has an outcome already")
 
 
 def _run_again(task: JobTask, reason: Exception) -> NoReturn:
     """No outcome, and back it goes, at no cost to its retries."""
     logger.warning("%s[%s] goes back: %s", task.name, task.request.id, reason)
-    raise Reject(str(reason), requeue=True) from None
+    raise GoesBack(str(reason)) from None
 
 
 def _outcome_again(task: JobTask, record: Record) -> Any:
@@ -193,7 +197,7 @@ def _retry(task: JobTask, error: Exception) -> NoReturn:
         raise task.retry(exc=error, countdown=pause)
     except Reject as rejected:
         # The broker took no retry: the claim goes back instead, so the job isn't lost.
-        raise Reject(rejected.reason, requeue=True) from None
+        raise GoesBack(str(rejected.reason)) from None
 
 
 def _refuse_if_dead(task: JobTask) -> None:

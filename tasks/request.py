@@ -23,6 +23,7 @@ from celery.worker.state import task_ready
 
 from broker.transport import current_claimant
 from storage.log import State
+from tasks.attempt import GoesBack
 from tasks.results import Outcome, collected_outcomes
 
 logger = get_logger(__name__)
@@ -189,6 +190,10 @@ class JobRequest(Request):  # type: ignore[misc]
                 logger.error("%s[%s]: %s; it goes back", self.name, self.id, error)
                 self._settle()
                 _node.give_back_lost(self)
+            return
+        if isinstance(error, GoesBack):
+            task_ready(self)
+            self.reject(requeue=True)
             return
         if self.key is not None and (self.acknowledged or isinstance(error, TimeLimitExceeded)):
             return  # Its conclusion is on its way already, or `on_timeout` is called next.

@@ -1,7 +1,8 @@
 """Threads without which a node must not live.
 
-A node whose writer or heartbeat has died would hold its claims and end none of them. It dies
-instead: the lease runs out, and another node takes over.
+A node whose writer or heartbeat has died would hold its claims and end none of them; one that has
+failed to conclude a job would hold that job. It dies instead: the lease runs out, and another node
+takes over.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from storage.worktree import WorkTree
 from tasks.request import JobRequest
 from tasks.results import Outcome
 from tasks.settings import Settings
+from workers.essential import essential_thread
 from workers.writer import Writer
 
 logger = get_logger(__name__)
@@ -65,7 +66,7 @@ class WorkerNode:
 
     def _aside(self, act: Callable[..., None], *arguments: Any) -> None:
         # Waiting for a death and reading the shared folder have no place in the event loop.
-        threading.Thread(target=act, args=arguments, name="cohort-conclude", daemon=True).start()
+        essential_thread("cohort-conclude", lambda: act(*arguments)).start()
 
     def _end_child(self, request: JobRequest) -> None:
         child = request.child
