@@ -54,7 +54,7 @@ case "$*" in
         exit 0 ;;
     *purelib*) echo "${0%/bin/python}/site"; exit 0 ;;
 esac
-exec @PYTHON@ "$@"
+exec "@PYTHON@" "$@"
 """
 
 
@@ -303,6 +303,23 @@ def test_a_moved_project_is_set_up_anew(copy: Copy) -> None:
     assert moved.returncode == 0, moved.stderr
     assert f"path {copy.root}" in moved.stdout
     assert copy.calls == ["venv", "pip"]
+
+
+@pytest.mark.parametrize(
+    ("words", "passed"),
+    [
+        ([], ["-n", "2", "--dist", "loadfile"]),
+        (["--long", "-x"], ["-n", "2", "--dist", "loadfile", "-m", "", "-x"]),
+        (["tests/unit", "-k", "a or b"], ["tests/unit", "-k", "a or b"]),
+        (["-n0"], ["-n0"]),
+    ],
+)
+def test_the_tests_run_in_the_project_two_at_a_time(
+    copy: Copy, tmp_path: Path, words: list[str], passed: list[str]
+) -> None:
+    (copy.root / "pytest.py").write_text("import os, sys; print(os.getcwd(), sys.argv[1:])")
+    ran = copy.run("test", *words, cwd=tmp_path)
+    assert ran.stdout == f"{copy.root} {passed}\n"
 
 
 @pytest.mark.parametrize("name", ["thesis", "pyvenv.cfg"])
