@@ -29,7 +29,19 @@ from tests.broker_kit import Broker, list_of, lists_of, look, message
 from tests.redis_server import RedisServer, running_redis
 
 QUEUES = ("a", "b")
-KEYS = st.sampled_from([None, "k", "k-2"])
+# Most of them meet in one key and one queue: what is to be found needs several of a key at once.
+SOME_KEY = st.sampled_from(["k", "k", "k", "k-2", None])
+SOME_QUEUE = st.sampled_from(["a", "a", "a", "b"])
+
+
+class Counted(Claimant):
+    """A claimant whose incarnations are numbered, so that a failure can be run again."""
+
+    numbers: Iterator[int]
+
+    def _begin_incarnation(self) -> None:
+        self.incarnation = f"{next(self.numbers):012x}"
+        self.trusted_until = 0.0
 
 
 @dataclass
@@ -53,17 +65,20 @@ class Claims(RuleBasedStateMachine):
         self.client: Any = self.server.connect()
         self.broker = Broker(self.client)
         self.broker.queues = QUEUES
+        Counted.numbers = itertools.count(1)
         self.workers = [self._join(f"node-{n}") for n in range(3)]
         self.workers[2].serves = ("b",)
         self.numbers = itertools.count(1)
         self.put_tags: set[str] = set()
         self.finished: set[str] = set()
         self.key_of: dict[str, str] = {}
+        self.running_key: dict[str, str] = {}
+        """Claim id -> the key that it runs."""
         self.superseded: set[str] = set()
         """Claims that went elsewhere: ending them must change nothing."""
 
     def _join(self, name: str) -> Worker:
-        claimant = Claimant(
+        claimant = Counted(
             self.broker.scripts, name, 3600, lambda nonce: NodeDescription(1, 1, "here", 1, nonce)
         )
         claimant.register()
@@ -72,10 +87,10 @@ class Claims(RuleBasedStateMachine):
     # Producers.
 
     @rule(
-        key=KEYS,
+        key=SOME_KEY,
         priority=st.sampled_from([0, 5, 9]),
-        queue=st.sampled_from(QUEUES),
-        later=st.booleans(),
+        queue=SOME_QUEUE,
+        later=st.sampled_from([False, False, False, True]),
     )
     def put(self, key: str | None, priority: int, queue: str, later: bool) -> None:
         """Our producer."""
@@ -84,7 +99,7 @@ class Claims(RuleBasedStateMachine):
         due = self.broker.now_ms() + 3_600_000 if later else None
         self.broker.put(f"t{number}", key, priority=priority, queue=queue, due_ms=due)
 
-    @rule(key=KEYS, queue=st.sampled_from(QUEUES))
+    @rule(key=SOME_KEY, queue=SOME_QUEUE)
     def put_as_stock(self, key: str | None, queue: str) -> None:
         """A stock producer, which knows nothing of keys."""
         number = next(self.numbers)
@@ -127,6 +142,9 @@ class Claims(RuleBasedStateMachine):
         elif tag in self.key_of:
             assert reply.key == self.key_of[tag], "it runs without its lock"
         worker.running[claim_id] = tag
+        key = self.key_of.get(tag) or reply.key
+        if key:
+            self.running_key[claim_id] = key
         return "claimed"
 
     @rule(number=workers_by_number)
@@ -182,7 +200,7 @@ class Claims(RuleBasedStateMachine):
         worker = self.workers[number]
         if not worker.running:
             return
-        claim_id = sorted(worker.running)[which % len(worker.running)]
+        claim_id = list(worker.running)[which % len(worker.running)]
         tag = worker.running.pop(claim_id)
         word = worker.claimant.finish_now(claim_id)
         if claim_id in self.superseded:
@@ -198,7 +216,7 @@ class Claims(RuleBasedStateMachine):
         worker = self.workers[number]
         if not worker.running:
             return
-        claim_id = sorted(worker.running)[which % len(worker.running)]
+        claim_id = list(worker.running)[which % len(worker.running)]
         del worker.running[claim_id]
         worker.claimant.give_back(claim_id, lost=lost)
 
@@ -231,10 +249,25 @@ class Claims(RuleBasedStateMachine):
         self.superseded.update(worker.running)
         worker.claimant.rejoin()
 
-    @rule(key=st.sampled_from(["k", "k-2"]))
+    @rule(key=st.sampled_from(["k", "k", "k-2"]))
     def lock_is_taken_away(self, key: str) -> None:
         """A failover lost it."""
         self.broker.steal_lock(key)
+
+    @rule(number=workers_by_number, other=workers_by_number, parks=st.booleans())
+    def run_is_overtaken(self, number: int, other: int, parks: bool) -> None:
+        """Its lock is lost, with one parked behind it or not, and a newcomer takes it or not."""
+        keyed = [c for c in self.workers[number].running if c in self.running_key]
+        if not keyed:
+            return
+        key = self.running_key[keyed[-1]]
+        if parks:
+            self.put(key, 0, "a", False)
+            self.claim(other)
+        self.broker.steal_lock(key)
+        if not parks:
+            self.put(key, 0, "a", False)
+            self.claim(other)
 
     # What holds at all times.
 
@@ -263,6 +296,7 @@ class Claims(RuleBasedStateMachine):
             word = self._serve(last, claim_id, self._ask(last, claim_id))
             for held, tag in last.running.items():
                 assert last.claimant.finish_now(held) == "finished"
+                assert tag not in self.finished, "a second end of the same message"
                 self.finished.add(tag)
             last.running.clear()
         assert self.finished == self.put_tags
