@@ -37,6 +37,8 @@ class NodeDescription:
     host: str
     pid: int
     nonce: str
+    life: str = ""
+    """Names the segments that its process writes, through all its incarnations."""
 
 
 class Claimant:
@@ -54,6 +56,8 @@ class Claimant:
         self.lease = lease
         self.on_finish: Callable[[str], object] | None = None
         """Who acknowledges: the node's writer, once the outcome is on disk."""
+        self.on_claim: Callable[[str, str, str, str], object] | None = None
+        """Who notes what was claimed: claim id, queue, Redis list, message."""
         self._describe = describe
         self._guard = threading.Lock()
         self._known: set[str] = set()

@@ -25,6 +25,22 @@ NODES = f"{TAG}nodes"
 """Hash: `<node>:<incarnation>` -> JSON with its capacity, host, pid and mount nonce."""
 FLEET = f"{TAG}fleet"
 """String: the id of the shared folder that this Redis belongs to."""
+SEGMENTS = f"{TAG}segments"
+"""Hash: the numbers of segments by name, and their names by number."""
+GENERATION = f"{TAG}generation"
+"""String: there as long as this Redis knows what the shared folder holds."""
+REFILLED = f"{TAG}refilled"
+"""Channel: the index was rebuilt."""
+
+
+def outcomes(bucket: int) -> str:
+    """Hash, one of 65,536: a part of the hash of the task id -> where its outcome lies."""
+    return f"{TAG}outcomes:{bucket:04x}"
+
+
+def put_once(task_id: str, retries: int) -> str:
+    """String with a time to live: this delivery of a journaled job was put into a queue."""
+    return f"{TAG}put:{task_id}:{retries}"
 
 
 def claims(member: str) -> str:

@@ -24,6 +24,8 @@ class NodeInfo:
     lease_left: float
     running: int
     """Claims that it holds."""
+    life: str = ""
+    """Names the segments that its process writes."""
 
     @property
     def is_live(self) -> bool:

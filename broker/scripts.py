@@ -253,8 +253,8 @@ class Scripts:
         self, name: str, meta: bytes | str, expires: float | None
     ) -> Literal["announced", "kept"]:
         """Publish a task's state under a key, unless a final one stands there."""
-        word: bytes = self._announce(keys=[name], args=[meta, int((expires or 0) * 1000)])
-        return "announced" if word == b"announced" else "kept"
+        reply = self._announce(keys=[name], args=[meta, int((expires or 0) * 1000)])
+        return "announced" if reply[0] == b"announced" else "kept"
 
 
 def _return_keys(member: str) -> list[str]:

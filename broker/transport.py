@@ -231,6 +231,10 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if message is None:
             return False
         self._queue_cycle.rotate(claimed.queue)
+        if _claimant.on_claim is not None:
+            priority = self._get_message_priority(message, reverse=False)
+            list_name = self._q_for_pri(claimed.queue, priority)
+            _claimant.on_claim(claim_id, claimed.queue, list_name, claimed.payload.decode())
         self.connection._deliver(message, claimed.queue)
         return True
 

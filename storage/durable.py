@@ -131,6 +131,18 @@ def read(path: Path) -> bytes | None:
     return None
 
 
+def read_part(path: Path, offset: int, length: int) -> bytes | None:
+    """Some bytes of a file, fewer at its end; None if it is really missing."""
+    with reporting(path):
+        try:
+            return _until_known(lambda: _read_some(path, offset, length))
+        except FileNotFoundError:
+            reopen(path.parent)
+        with suppress(FileNotFoundError):
+            return _until_known(lambda: _read_some(path, offset, length))
+    return None
+
+
 def entries(folder: Path) -> list[os.DirEntry[str]]:
     """What is in a directory, by name; nothing if it is really missing."""
     with reporting(folder):
@@ -217,6 +229,14 @@ def _read_all(path: Path) -> bytes:
     file = open_to_read(path)
     with open(file, "rb") as stream:
         return stream.read()
+
+
+def _read_some(path: Path, offset: int, length: int) -> bytes:
+    file = open_to_read(path)
+    try:
+        return os.pread(file, length, offset)
+    finally:
+        os.close(file)
 
 
 def _list(folder: Path) -> list[os.DirEntry[str]]:

@@ -32,6 +32,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "result_backend": f"tasks.results:SharedResults+{settings.redis}",
         "result_expires": settings.results_expire,
+        "cohort_results_in_redis": settings.results_in_redis,
+        "cohort_root": None if settings.root is None else str(settings.root),
         "result_extended": True,
         "result_backend_always_retry": True,
         "imports": ("tasks.export", *settings.jobs),

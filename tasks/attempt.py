@@ -29,7 +29,7 @@ from storage.directory import Attempt, Directory
 from storage.log import Record
 from storage.worktree import WorkTree
 from tasks.progress import ProgressReport
-from tasks.results import check_size
+from tasks.results import check_size, committed_as
 from tasks.run import Run
 from tasks.settings import Settings, current
 
@@ -76,6 +76,7 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
     if record.claim_id != mine.claim_id:
         return _outcome_again(task, record)
+    committed_as(record.task_id, record.key, record.n)
     _after_commit(task, record.result)
     reach("attempt:after-after-commit")
     return record.result
@@ -151,6 +152,7 @@ def _conclude(task: JobTask, mine: Attempt, error: Exception) -> None:
     if record.claim_id != mine.claim_id:
         # The tracer is told on the next delivery; here a failure is already on its way out.
         raise GoesBack(f"{task.request.id} has an outcome already")
+    committed_as(record.task_id, record.key, record.n)
 
 
 def _run_again(task: JobTask, reason: Exception) -> NoReturn:
@@ -162,6 +164,7 @@ def _run_again(task: JobTask, reason: Exception) -> NoReturn:
 def _outcome_again(task: JobTask, record: Record) -> Any:
     """This task has its outcome. Tell it again, so that links, chains and chords are sent."""
     logger.info("%s[%s]: has its outcome in version %d", task.name, task.request.id, record.n)
+    committed_as(record.task_id, record.key, record.n)
     if record.state == "SUCCESS":
         _after_commit(task, record.result)
         return record.result

@@ -135,6 +135,10 @@ class Settings:
     stop_grace: float = _setting(parse_span, 10.0)
     """What a cancelled run is given before it is killed."""
     results_expire: float = _setting(parse_span, 86400.0)
+    results_in_redis: float = _setting(parse_span, 300.0)
+    """How long an outcome stays in Redis; later it is read from the shared folder."""
+    journal_keep: float = _setting(parse_span, 7 * 86400.0)
+    """How long a job can be found again that Redis has lost, from when it was noted."""
     jobs: tuple[str, ...] = _setting(_modules, ())
     """Modules with jobs, beside those in `tasks/`."""
     sources: Mapping[str, str] = field(

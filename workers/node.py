@@ -18,7 +18,7 @@ from storage.directory import conclude_for
 from storage.log import Record, State
 from storage.worktree import WorkTree
 from tasks.request import JobRequest
-from tasks.results import Outcome
+from tasks.results import Outcome, committed_as
 from tasks.settings import Settings
 from workers.essential import essential_thread
 from workers.writer import Writer
@@ -92,7 +92,9 @@ class WorkerNode:
             # The child had committed before it died. The next delivery tells that outcome,
             # and sends the links and chains that the child may not have sent.
             self._writer.give_back(request.claim_id, lost=False)
-        elif record.state == states.REVOKED:
+            return
+        committed_as(record.task_id, record.key, record.n)
+        if record.state == states.REVOKED:
             backend.mark_as_revoked(
                 request.id, str(error), request=request.context, store_result=request.store_errors
             )

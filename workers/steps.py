@@ -86,7 +86,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.writer = Writer(
             SegmentWriter(self._root, self._settings.node, self.claimant.incarnation),
             self.claimant,
-            backend.announce,
+            backend,
         )
         self.node = WorkerNode(self._settings, self._root, self.writer)
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))

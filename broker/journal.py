@@ -1,0 +1,131 @@
+"""Jobs that are noted outside Redis: how one gets into its queue, once, and which are there.
+
+A note is a message as its producer wrote it, with the list that it belongs into.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import redis
+from redis.exceptions import OutOfMemoryError
+
+from broker import keys
+from broker.scripts import Scripts, source
+from errors import BrokerFull
+
+
+@dataclass(frozen=True)
+class Note:
+    """One delivery of one job. `due_ms` is None unless it has to wait."""
+
+    task_id: str
+    retries: int
+    queue: str
+    list: str
+    message: str
+    due_ms: int | None
+    durable: bool
+
+    def encode(self) -> bytes:
+        """As it goes into the journal."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Note:
+        """What `encode` made."""
+        return cls(**json.loads(payload))
+
+
+def note_of(queue: str, list_name: str, message: str, due_ms: int | None = None) -> Note:
+    """The note of a message; `ValueError` if it isn't a task's."""
+    headers = json.loads(message).get("headers") or {}
+    about = headers.get("cohort") or {}
+    if not isinstance(headers.get("id"), str):
+        raise ValueError("a message without a task id")
+    return Note(
+        task_id=headers["id"],
+        retries=int(headers.get("retries") or 0),
+        queue=queue,
+        list=list_name,
+        message=message,
+        due_ms=due_ms,
+        durable=bool(about.get("durable")),
+    )
+
+
+def put_once(scripts: Scripts, note: Note, keep: float) -> Literal["queued", "delayed", "there"]:
+    """Put a noted job into its queue unless that was done before. Raises `BrokerFull`."""
+    put: Any = scripts.client.register_script(source("put_once"))
+    try:
+        word: bytes = put(
+            keys=[
+                keys.put_once(note.task_id, note.retries),
+                note.list,
+                keys.delayed(note.queue),
+                keys.BELL,
+            ],
+            args=[note.message, "" if note.due_ms is None else note.due_ms, int(keep * 1000)],
+        )
+    except OutOfMemoryError:
+        raise BrokerFull(
+            f"queue {note.queue}: Redis is at its memory limit and takes no new jobs"
+        ) from None
+    return word.decode()  # type: ignore[return-value]
+
+
+def put_before(client: redis.Redis, notes: Iterable[Note]) -> list[bool]:
+    """Which deliveries carry the mark of having been put."""
+    with client.pipeline(transaction=False) as pipeline:
+        for note in notes:
+            pipeline.exists(keys.put_once(note.task_id, note.retries))
+        return [bool(there) for there in pipeline.execute()]
+
+
+def jobs_in_redis(client: Any) -> set[str]:
+    """The task ids of every job that is queued, waits, is owed a lock or is claimed.
+
+    A job moves while this looks: from the queues into claims, and from there back to `ready`. So
+    it looks in that order, and at `ready` twice. One that has ended meanwhile has an outcome.
+    """
+    found: set[str] = set()
+    for payload in _messages(client):
+        try:
+            found.add(str(json.loads(payload)["headers"]["id"]))
+        except (ValueError, TypeError, LookupError):
+            continue
+    for raw in _claims(client):
+        found.add(str(json.loads(raw)["task"]))
+    return found
+
+
+def _messages(client: Any) -> Iterator[bytes]:
+    for name in client.scan_iter(_type="list", count=1000):
+        if not name.startswith(keys.TAG.encode()):
+            yield from _pages(client, name)
+    for name in client.scan_iter(match=keys.delayed("*"), count=1000):
+        for member, _ in client.zscan_iter(name, count=1000):
+            yield member.partition(b"\0")[2]
+
+
+def _claims(client: Any) -> Iterator[bytes]:
+    yield from _pages(client, keys.READY)
+    for member, _ in client.zscan_iter(keys.PARKED, count=1000):
+        yield member.split(b"\0", 2)[2]
+    for name in client.scan_iter(match=keys.claims("*"), count=1000):
+        for _, claim in client.hscan_iter(name, count=1000):
+            yield claim
+    yield from _pages(client, keys.READY)
+    for member, _ in client.zscan_iter(keys.PARKED, count=1000):
+        yield member.split(b"\0", 2)[2]
+
+
+def _pages(client: Any, name: bytes | str) -> Iterator[bytes]:
+    # From the end at which claims take: what is pushed meanwhile shifts nothing past us unseen.
+    end = -1
+    while page := client.lrange(name, end - 999, end):
+        yield from page
+        end -= 1000
