@@ -23,6 +23,14 @@ class InvalidKey(Refused):
     """A job key that can't name a directory."""
 
 
+class SnapshotExpired(Refused):
+    """A version whose files garbage collection has removed: it is older than the retention."""
+
+
+class OverQuota(Refused):
+    """A directory would hold more bytes than it may; the last version is untouched."""
+
+
 class TryLater(CohortError):
     """Something that the request needs is away or full; a later try may succeed."""
 

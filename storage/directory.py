@@ -9,43 +9,24 @@ of the version before it; a task id has at most one record. An attempt that dies
 folder in runs/ that nothing refers to, and the directory as it was.
 """
 
-import os
 import secrets
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import crashpoints
-from errors import CohortError, Damaged, Fenced, Refused, StandAside
-from storage import durable, sealed
-from storage import manifest as manifests
+from errors import CohortError, Damaged, Fenced, Refused, SnapshotExpired, StandAside
+from storage import checkpoint, durable
+from storage.attempt import Attempt
 from storage.keys import check_key, check_name
-from storage.log import Log, Record, Reference, State
-from storage.manifest import File, LeftOut, Manifest
-from storage.worktree import Changes, WorkTree
+from storage.listing import Listing, Missing
+from storage.log import Log, Record
+from storage.version import Version
 
-BELONGS = ("log", "runs", "HEAD")
+__all__ = ["Attempt", "Directory", "Version", "conclude_for"]
 
-
-@dataclass(frozen=True)
-class Version:
-    """The files of one key as one record left them. Number 0 is the empty one before any."""
-
-    directory: Path
-    record: Record | None
-
-    @property
-    def n(self) -> int:
-        return self.record.n if self.record else 0
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        """Read when first asked for. `Damaged` if it isn't what the record vouches for."""
-        return manifests.read(self.directory, self.record.manifest if self.record else None)
+BELONGS = ("log", "runs", "gc", "HEAD")
 
 
 class Directory:
@@ -60,23 +41,24 @@ class Directory:
     def open(cls, root: Path, key: str) -> "Directory":
         """The directory, made if it isn't there. The shared folder itself must be."""
         directory = cls(root, key)
-        for folder in (
-            root / "jobs",
-            directory.path,
-            directory.log.folder,
-            directory.path / "runs",
-        ):
-            durable.make_directory(folder)
-        directory._look_for_foreign_files()
+        names = directory._look_for_foreign_files()
+        if "HEAD" not in names:  # it is set after the first commit: until then make sure of all
+            for folder in (
+                root / "jobs",
+                directory.path,
+                directory.log.folder,
+                directory.path / "runs",
+            ):
+                durable.make_directory(folder)
         return directory
 
     def head(self) -> Version:
         """The newest version, as far as this node can see; a commit on an older one is fenced."""
-        return Version(self.path, self.log.head(self._hint()))
+        return Version(self, self.log.head(self._hint()))
 
     def version(self, n: int) -> Version:
         """Version n, which must exist."""
-        return Version(self.path, self.log.read(n) if n else None)
+        return Version(self, self.log.read(n) if n else None)
 
     def versions(self) -> Iterator[Record]:
         """Every record, from 1 to the head."""
@@ -92,6 +74,8 @@ class Directory:
         for run in durable.entries(self.runs_of(task_id)):
             if not run.is_dir(follow_symlinks=False):
                 raise Damaged(f"{run.path}: foreign among the runs of a task; each is a folder")
+            if run.name.startswith(checkpoint.PREFIX):
+                continue
             for entry in durable.entries(Path(run.path)):
                 kind, _, rest = entry.name.partition("-")
                 number = rest.partition("-")[0]
@@ -105,7 +89,30 @@ class Directory:
 
     def begin(self, task_id: str, claim_id: str, base: Version) -> "Attempt":
         """Start an attempt on `base`: its own folder first. `StandAside` if it was begun before."""
+        if claim_id.startswith(checkpoint.PREFIX):
+            raise Refused(f"claim id {claim_id!r} is the name of a checkpoint")
         return self._begin(task_id, claim_id, check_name("claim id", claim_id), base)
+
+    def checkpoint_of(self, task_id: str, base: Version) -> Listing | None:
+        """What an earlier attempt of the task kept of its work on `base`, for `checkout`."""
+        return checkpoint.newest(self.path, self.runs_of(task_id), base.n)
+
+    @contextmanager
+    def explaining(self, n: int) -> Iterator[None]:
+        """A stored file of version n that is missing: collected, or lost?"""
+        try:
+            yield
+        except Missing as missing:
+            if n < (floor := self.floor()):
+                raise SnapshotExpired(
+                    f"{self.key}: version {n} was collected; those from {floor} on are kept"
+                ) from missing
+            raise
+
+    def floor(self) -> int:
+        """The oldest version whose files are all kept; garbage collection raises it."""
+        names = (entry.name for entry in durable.entries(self.path / "gc"))
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def conclude_for(
         self, task_id: str, claim_id: str, state: str, result: Any, *, attempt: int, node: str
@@ -143,129 +150,16 @@ class Directory:
             return max(0, int(durable.read(self.path / "HEAD") or b"0"))
         return 0
 
-    def _look_for_foreign_files(self) -> None:
+    def _look_for_foreign_files(self) -> set[str]:
+        found = set()
         for entry in durable.entries(self.path):
             # .nfs...: what an NFS client keeps of a HEAD that it still had open when it was set.
             if entry.name not in BELONGS and not entry.name.startswith(".nfs"):
                 raise Damaged(
                     f"{entry.path}: foreign in a job directory; only {', '.join(BELONGS)} belong"
                 )
-
-
-class Attempt:
-    """One run of one task on one version, by one claim: the only writer of its folder, ever.
-
-    A task has one outcome although several claims of it may be at work, each with its own view:
-    before it links, an attempt looks for the task's outcome with `outcome_of`, and that is enough.
-    Suppose another claim's record of this task is at n. This attempt has read its base, so every
-    record up to there was in the log before the attempt began.
-    - n <= base: it was there before, with its name in runs/<task id>; `outcome_of` finds it.
-      (The attempt has since made its own folder in there, so no old listing can hide it.)
-    - n = base + 1, where this attempt would link: the link fails, and the record is returned.
-    - n > base + 1: then base + 1 exists, is another task's, and this attempt is fenced.
-    """
-
-    def __init__(
-        self, directory: Directory, task_id: str, claim_id: str, folder: Path, base: Version
-    ):
-        self.directory = directory
-        self.task_id = task_id
-        self.claim_id = claim_id
-        self.folder = folder
-        self.base = base
-        self.left_out: tuple[LeftOut, ...] = ()
-        """What the committed tree held and a version can't, for the outcome to name."""
-        self._stored = False
-        self._tries = 0
-
-    def commit(self, tree: WorkTree, result: Any, *, attempt: int, node: str) -> Record:
-        """Make the tree the next version, and `result` (JSON) the task's outcome: SUCCESS.
-
-        Returns the record that decides the task: this one, or another claim's that came first.
-        `Fenced`: another task committed on the base; this run has no outcome.
-        `Refused`: the tree changed meanwhile, or the result isn't JSON; nothing was committed.
-        """
-        sealed.to_json(result)
-        if tree.version_n != self.base.n:
-            raise Refused(f"{tree.path} holds version {tree.version_n}, not {self.base.n}")
-        if self._stored:
-            raise Refused(f"{self.folder}: this attempt has stored its files before; begin another")
-        self._stored = True
-        changes = tree.changes()
-        files = self._store(tree, changes)
-        if tree.changes() != changes:
-            raise Refused(f"{self.directory.key}: the tree changed while it was committed")
-        manifest = Manifest(files, changes.folders, changes.symlinks, changes.left_out)
-        self.left_out = manifest.left_out
-        reference = manifests.write(self.directory.path, self._within("manifest"), manifest)
-        crashpoints.reach("commit:manifest-written")
-        return self._record("SUCCESS", reference, result, attempt, node)
-
-    def conclude(self, state: str, result: Any, *, attempt: int, node: str) -> Record:
-        """Record an outcome that isn't a success: the base's files, unchanged, as next version.
-
-        Returns and raises as `commit` does.
-        """
-        if state not in ("FAILURE", "REVOKED"):
-            raise Refused(f"{state!r} is no outcome without files: it is FAILURE or REVOKED")
-        reference = self.base.record.manifest if self.base.record else None
-        return self._record(cast(State, state), reference, result, attempt, node)
-
-    def _store(self, tree: WorkTree, changes: Changes) -> tuple[File, ...]:
-        """Copy what the run touched into the attempt's folder; the rest lies where it lay."""
-        known = {file.path: file for file in self.base.manifest.files}
-        folder = self.folder / "files"
-        durable.make_directory(folder)
-        files = []
-        for number, (path, found) in enumerate(sorted(changes.files.items())):
-            if path not in changes.touched:
-                files.append(known[path])
-                continue
-            length, digest = self._copy(tree, path, folder / str(number))
-            stored = self._within(f"files/{number}")
-            files.append(File(path, stored, length, digest, found.mode, found.mtime_ns))
-            crashpoints.reach("commit:file-written")
-        durable.sync_directory(folder)
-        crashpoints.reach("commit:files-written")
-        return tuple(files)
-
-    def _copy(self, tree: WorkTree, path: str, target: Path) -> tuple[int, str]:
-        try:
-            return durable.copy_into(tree.path / path, target)
-        except (OSError, Damaged) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no plain file now"
-            raise Refused(f"{path!r} can't be committed: {reason}") from error
-
-    def _record(
-        self, state: State, manifest: Reference | None, result: Any, attempt: int, node: str
-    ) -> Record:
-        n = self.base.n + 1
-        record = Record(
-            n=n,
-            base=self.base.n,
-            key=self.directory.key,
-            task_id=self.task_id,
-            claim_id=self.claim_id,
-            attempt=attempt,
-            state=state,
-            manifest=manifest,
-            result=result,
-            node=node,
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        )
-        self._tries += 1
-        data, written = record.encode(), self.folder / f"record-{n}-{self._tries}"
-        if outcome := self.directory.outcome_of(self.task_id):
-            return outcome
-        durable.create(written, data)
-        crashpoints.reach("commit:record-written")
-        decided = self.directory.log.append(written, Record.decode(data, written))
-        self.directory.set_hint(decided.n, self.folder / f"HEAD-{self._tries}")
-        crashpoints.reach("commit:head-written")
-        return decided
-
-    def _within(self, name: str) -> str:
-        return os.path.relpath(self.folder / name, self.directory.path)
+            found.add(entry.name)
+        return found
 
 
 def conclude_for(

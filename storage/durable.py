@@ -27,12 +27,30 @@ CHUNK = 1 << 20
 PAUSES = (0.01, 0.05, 0.2, 1.0)
 
 
-def create(path: Path, data: bytes) -> None:
-    """A new file holding exactly `data`, durable with its name when this returns."""
-    with _new_file(path) as target:
+def create(path: Path, data: bytes, *, named: bool = True) -> None:
+    """A new file holding exactly `data`, durable with its name when this returns.
+
+    Not `named`: its name is durable only after `sync_directory(path.parent)`, once for many files.
+    """
+    with writing(path) as write:
+        write(data)
+    if named:
+        sync_directory(path.parent)  # a local disk may lose the name of a file that it keeps
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A new file from what the body writes, durable when it is done; its name isn't, as above."""
+    length = 0
+
+    def write(data: bytes) -> None:
+        nonlocal length
         write_all(target, data)
-        _make_durable(target, path, len(data))
-    sync_directory(path.parent)  # a local disk may lose the name of a file that it keeps
+        length += len(data)
+
+    with _new_file(path) as target:
+        yield write
+        _make_durable(target, path, length)
 
 
 def copy_into(source: Path, target: Path) -> tuple[int, str]:

@@ -16,7 +16,11 @@ from errors import Damaged, Refused
 
 def seal(kind: str, version: int, body: object) -> bytes:
     """The file's bytes. A body that JSON can't carry is `Refused`."""
-    payload = to_json(body).encode("ascii") + b"\n"
+    return seal_bytes(kind, version, to_json(body).encode("ascii") + b"\n")
+
+
+def seal_bytes(kind: str, version: int, payload: bytes) -> bytes:
+    """The file's bytes for JSON that the caller has written."""
     return _head(kind, version, payload) + payload
 
 
@@ -30,10 +34,15 @@ def unseal(data: bytes, kind: str, version: int, path: Path) -> Any:
         damaged(path, f"format {words[2].decode('ascii', 'replace')} isn't known here")
     if head + newline != _head(kind, version, payload):
         damaged(path, f"length or checksum of the {kind} is wrong")
+    return from_json(payload, path)
+
+
+def from_json(payload: bytes, path: Path) -> Any:
+    """What the JSON says; `path` only for the error."""
     try:
         return json.loads(payload)
     except ValueError:
-        damaged(path, f"the {kind} isn't JSON")
+        damaged(path, "what is in it isn't JSON")
 
 
 def to_json(value: object) -> str:

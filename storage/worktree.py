@@ -1,215 +1,225 @@
-"""A run's own copy of a version, on the node's local disk.
+"""A run's own copy of a version, on the node's local disk, kept between runs like a git work tree.
 
-    <scratch>/<key>/<claim id>/     nothing in it is visible to anybody else
+Promises: after `checkout` the tree is the version, exactly: contents (verified by hash while they
+are fetched), modes, mtimes, symbolic links, empty folders, holes. It costs what differs from what
+the tree held before, after a run that failed or was killed, too. `changes` tells what the run
+touched without reading what it didn't. A symbolic link is never followed. Two runs never share a
+tree. Why a tree that was kept can be believed is told in storage/treeindex.py.
 
-Promises: after `checkout` the tree is the version, exactly: contents (verified by hash and length
-while they are copied), modes, mtimes, symbolic links, empty folders. `changes` tells what the run
-touched without reading what it didn't. A symbolic link is never followed.
-
-What is not kept: owners, extended attributes, holes. Hard links become copies.
+What is not kept: owners, extended attributes, mode and mtime of the top folder. Hard links stay
+links in a tree that is kept, and are stored once; on another node they are copies.
 """
 
 import os
-import shutil
-import stat
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from errors import Refused
-from storage import durable, sealed
+from errors import Damaged, Refused
+from storage import durable, fetch
 from storage.keys import check_key, check_name
-from storage.manifest import PERMISSIONS, File, Folder, LeftOut, Symlink
+from storage.listing import Listing
+from storage.manifest import Differences, File, Folder, LeftOut, Symlink
+from storage.scan import Scan, scan, wait_for_a_tick
+from storage.scratch import Slot, take, wipe
+from storage.treeindex import Index
 
 if TYPE_CHECKING:
     from storage.directory import Directory, Version
 
-T = TypeVar("T")
-
-# Longer than the clock tick of any local file system that a node would use for scratch.
-A_TICK = 2.0
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What changes when a file's content does: the kernel sets ctime, no program can."""
-
-    inode: int
-    length: int
-    mtime_ns: int
-    ctime_ns: int
-    mode: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> "Identity":
-        return cls(
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-            status.st_mode & PERMISSIONS,
-        )
-
 
 @dataclass(frozen=True)
 class Changes:
-    """A tree as it stands, and which of its files aren't as they were checked out.
+    """A tree as it stands, and how it differs from what was checked out."""
 
-    Two of them are equal if nothing changed in the tree between the two looks.
-    """
-
-    files: dict[str, Identity]
-    folders: tuple[Folder, ...]
-    symlinks: tuple[Symlink, ...]
-    left_out: tuple[LeftOut, ...]
+    now: Scan
     touched: frozenset[str]
+    """Files that are new, or aren't as they were checked out."""
+    others: Differences
+    """Folders and links that are new or differ; None for everything that is gone."""
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        return self.now.left_out
 
 
 class WorkTree:
-    """One attempt's tree. Whoever makes it removes it, however the attempt ends."""
+    """One attempt's tree. Whoever checks it out releases it, however the attempt ends."""
 
     def __init__(self, scratch: Path, key: str, claim_id: str):
-        self.path = scratch / check_key(key) / check_name("claim id", claim_id)
+        self._scratch, self._key = scratch, check_key(key)
+        check_name("claim id", claim_id)
+        self._slot: Slot | None = None
+        self._known = Index()
+        self._clock_tells = True
         self.version_n: int | None = None
         """What was checked out; None before that was done."""
-        self._tick = self.path.with_name(f"{claim_id}.tick")
-        self._checked_out: dict[str, Identity] = {}
+        self.listing: Listing | None = None
+        """The files that were checked out: those of the version, or of a checkpoint on it."""
 
-    def checkout(self, directory: "Directory", version: "Version") -> None:
-        """Make the tree the version. `Damaged` if what is stored isn't what was committed."""
-        with durable.reporting(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.path.mkdir()
-            except FileExistsError:
-                raise Refused(f"{self.path} exists; a work tree has one attempt") from None
-            self.path.chmod(0o700)
-            for folder in version.manifest.folders:  # sorted: parents come first
-                os.mkdir(self.path / folder.path, 0o700)
-            for link in version.manifest.symlinks:
-                os.symlink(link.target, self.path / link.path)
-            for file in version.manifest.files:
-                self._checked_out[file.path] = self._fetch(directory.path, file)
-            for folder in reversed(version.manifest.folders):  # a child's arrival sets the mtime
-                os.chmod(self.path / folder.path, folder.mode)
-                os.utime(self.path / folder.path, ns=(folder.mtime_ns, folder.mtime_ns))
-            self._wait_for_the_next_tick()
+    @property
+    def path(self) -> Path:
+        """The run's working directory. It is known from the checkout on."""
+        if self._slot is None:
+            raise Refused(f"no work tree of {self._key!r} is checked out here")
+        return self._slot.tree
+
+    def checkout(
+        self, directory: "Directory", version: "Version", listing: Listing | None = None
+    ) -> None:
+        """Make the tree the version, or the `listing` of a checkpoint on it.
+
+        `Damaged` if what is stored isn't what was committed; `SnapshotExpired` if it was collected.
+        """
+        if self._slot is not None:
+            raise Refused(f"{self._slot.tree} exists; a work tree has one attempt")
+        with durable.reporting(self._scratch):
+            self._slot = take(self._scratch, self._key)
+        with durable.reporting(self.path), directory.explaining(version.n):
+            self._bring_to(directory.path, listing or version.listing)
         self.version_n = version.n
 
     def changes(self) -> Changes:
         """What is in the tree now, by one look at every name and no look into any file."""
-        files: dict[str, Identity] = {}
-        folders: list[Folder] = []
-        symlinks: list[Symlink] = []
-        left_out: list[LeftOut] = []
-        to_visit = [""]
-        while to_visit:
-            inside = to_visit.pop()
-            for name in self._look(inside, os.listdir):
-                path = f"{inside}/{name}" if inside else name
-                status = self._look(path, os.lstat)
-                mode, kind = status.st_mode & PERMISSIONS, stat.S_IFMT(status.st_mode)
-                if kind == stat.S_IFDIR:
-                    folders.append(Folder(path, mode, status.st_mtime_ns))
-                    to_visit.append(path)
-                elif kind == stat.S_IFLNK:
-                    symlinks.append(Symlink(path, self._look(path, os.readlink)))
-                elif kind == stat.S_IFREG:
-                    files[path] = Identity.of(status)
-                else:
-                    left_out.append(LeftOut(path, _KINDS.get(kind, "unknown kind of file")))
-                    continue
-                for bit, what in _BITS.items():
-                    if status.st_mode & bit and kind != stat.S_IFLNK:
-                        left_out.append(LeftOut(path, what))
-        return Changes(
-            files,
-            tuple(sorted(folders, key=lambda folder: folder.path)),
-            tuple(sorted(symlinks, key=lambda link: link.path)),
-            tuple(sorted(left_out, key=lambda entry: (entry.path, entry.what))),
-            frozenset(p for p, identity in files.items() if self._checked_out.get(p) != identity),
-        )
+        return _compared(scan(self.path), self._known, self._clock_tells)
+
+    def settle(self) -> int | None:
+        """Wait until every change from now on has a later ctime than those before: this one.
+
+        None: this disk's clock tells nothing.
+        """
+        return wait_for_a_tick(self._tick) if self._clock_tells else None
+
+    def accept(self, listing: Listing, version_n: int, changes: Changes) -> None:
+        """The tree, as `changes` saw it, is what was stored as `listing`. To be called only then.
+
+        A tree that held what a version can't, or whose clock tells nothing, isn't believed.
+        """
+        self.listing, self.version_n = listing, version_n
+        now = changes.now
+        self._known = Index(listing.reference, now.files, now.folders, now.symlinks)
+        if self._clock_tells:
+            self._known.save(self._index)
+
+    def release(self) -> None:
+        """Give the tree back, to be kept for the key's next run on this node."""
+        if self._slot is not None:
+            self._slot.release()
+            self._slot = None
 
     def remove(self) -> None:
-        """Take the tree away, whatever modes the run left on its folders."""
-        for folder, names, _ in os.walk(self.path):
-            for name in names:
-                path = os.path.join(folder, name)
-                if not os.path.islink(path):
-                    with suppress(OSError):
-                        os.chmod(path, 0o700)
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._tick.unlink(missing_ok=True)
-        # The key's folder stays: another attempt may be about to make its tree in it.
+        """Take the tree away for good."""
+        if self._slot is not None:
+            self._slot.remove()
+            self._slot = None
 
-    def _fetch(self, root: Path, file: File) -> Identity:
-        """Copy one stored file into the tree; what it looks like before the run."""
-        stored, path = root / file.stored, self.path / file.path
-        source = _open_stored(stored)
-        try:
-            target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                length, digest = durable.copy_bytes(source, target, stored)
-                if (length, digest) != (file.length, file.sha256):
-                    sealed.damaged(stored, f"this isn't what was committed as {file.path!r}")
-                os.fchmod(target, file.mode)
-                os.utime(target, ns=(file.mtime_ns, file.mtime_ns))
-                return Identity.of(os.fstat(target))
-            finally:
-                os.close(target)
-        finally:
-            os.close(source)
+    def _bring_to(self, directory: Path, wanted: Listing) -> None:
+        self.path.mkdir(exist_ok=True)
+        self.path.chmod(0o700)
+        known, now, to_do = self._as_it_was(directory, wanted) or self._anew(directory, wanted)
+        found = _compared(now, known, clock_tells=True)
+        astray = found.touched | found.others.keys() | {entry.path for entry in now.left_out}
+        for path in sorted(astray - to_do.keys()):
+            to_do[path] = wanted.get(path)
+        if to_do:
+            wait_for_a_tick(self._tick, known.newest())
+            known = self._apply(directory, wanted, now, known, to_do)
+        newest = known.newest()
+        self._clock_tells = not known.files or wait_for_a_tick(self._tick, newest) is not None
+        if to_do or known.reference != wanted.reference:
+            known.reference = wanted.reference
+            if self._clock_tells:
+                known.save(self._index)
+            else:
+                self._index.unlink(missing_ok=True)
+        self._known, self.listing = known, wanted
 
-    def _wait_for_the_next_tick(self) -> None:
-        """Closes: the run rewrites a file within the clock tick of its checkout, with the same
-        length and an mtime put back, and the file looks untouched.
-        """
-        if not self._checked_out:
-            return
-        newest = max(identity.ctime_ns for identity in self._checked_out.values())
-        end = time.monotonic() + A_TICK
-        try:
-            self._tick.touch()
-            while Identity.of(os.stat(self._tick)).ctime_ns <= newest:
-                if time.monotonic() > end:
-                    self._checked_out.clear()  # its clock tells nothing: read every file instead
-                    return
-                time.sleep(0.001)
-                os.utime(self._tick)
-        finally:
-            self._tick.unlink(missing_ok=True)
+    def _as_it_was(
+        self, directory: Path, wanted: Listing
+    ) -> tuple[Index, Scan, Differences] | None:
+        """The tree that was kept, and what it lacks; None if it can't be looked at or compared."""
+        known = Index.load(self._index)
+        if known is not None:
+            with suppress(Refused, Damaged):
+                before = Listing.read(directory, known.reference)
+                return known, scan(self.path), wanted.since(before)
+        return None
 
-    def _look(self, path: str, how: Callable[[str], T]) -> T:
-        try:
-            return how(os.path.join(self.path, path))
-        except FileNotFoundError:
-            raise Refused(f"{path!r} went away while the run was committed") from None
-        except OSError as error:
-            raise Refused(f"{path or '.'!r} can't be committed: {error.strerror}") from None
+    def _anew(self, directory: Path, wanted: Listing) -> tuple[Index, Scan, Differences]:
+        wipe(self.path)
+        self._index.unlink(missing_ok=True)
+        self.path.mkdir()
+        return Index(), Scan(), wanted.since(Listing(directory))
+
+    def _apply(
+        self, directory: Path, wanted: Listing, now: Scan, known: Index, to_do: Differences
+    ) -> Index:
+        """Do what is to be done; what the tree looks like then."""
+        top = os.fspath(self.path)
+        parents = {path.rpartition("/")[0] for path in to_do} - {""}
+        for parent in parents & now.folders.keys():
+            if now.folders[parent][0] & 0o700 != 0o700:
+                os.chmod(os.path.join(top, parent), 0o700)
+        files: list[File] = []
+        for path, entry in sorted(to_do.items(), reverse=True):  # what is inside goes first
+            kind = now.kind(path)
+            if kind == "folder" and not isinstance(entry, Folder):
+                os.chmod(os.path.join(top, path), 0o700)
+                os.rmdir(os.path.join(top, path))
+            elif kind in ("symlink", "other") or (kind == "file" and not isinstance(entry, File)):
+                os.unlink(os.path.join(top, path))
+            if isinstance(entry, File):
+                files.append(entry)
+        links = dict(now.symlinks)
+        for path, entry in sorted(to_do.items()):
+            links.pop(path, None)
+            if isinstance(entry, Folder) and path not in now.folders:
+                os.mkdir(os.path.join(top, path), 0o700)
+            elif isinstance(entry, Symlink):
+                os.symlink(entry.target, os.path.join(top, path))
+                times = (entry.mtime_ns, entry.mtime_ns)
+                os.utime(os.path.join(top, path), ns=times, follow_symlinks=False)
+                links[path] = (entry.target, entry.mtime_ns)
+        new = Index(wanted.reference, dict(known.files), dict(now.folders), links)
+        for path in to_do:
+            new.files.pop(path, None)
+            new.folders.pop(path, None)
+        reusable = now.files.keys() - now.linked
+        new.files.update(fetch.bring(directory, files, self.path, reusable.__contains__))
+        # Last, and what is inside first: an arrival sets the mtime of its folder.
+        again = parents | {path for path, entry in to_do.items() if isinstance(entry, Folder)}
+        for path in sorted(again, reverse=True):
+            folder = to_do[path] if path in to_do else wanted.get(path)
+            if isinstance(folder, Folder):
+                os.chmod(os.path.join(top, path), folder.mode)
+                os.utime(os.path.join(top, path), ns=(folder.mtime_ns, folder.mtime_ns))
+                new.folders[path] = (folder.mode, folder.mtime_ns)
+        return new
+
+    @property
+    def _index(self) -> Path:
+        return self.path.parent / "index"
+
+    @property
+    def _tick(self) -> Path:
+        return self.path.parent / "tick"
 
 
-def _open_stored(stored: Path) -> int:
-    try:
-        return durable.open_to_read(stored)
-    except FileNotFoundError:
-        durable.reopen(stored.parent)
-    try:
-        return durable.open_to_read(stored)
-    except FileNotFoundError:
-        sealed.damaged(stored, "a stored file is missing")
-
-
-_KINDS = {
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "character device",
-    stat.S_IFBLK: "block device",
-}
-_BITS = {
-    stat.S_ISUID: "set-uid bit",
-    stat.S_ISGID: "set-gid bit",
-    stat.S_ISVTX: "sticky bit",
-}
+def _compared(now: Scan, known: Index, clock_tells: bool) -> Changes:
+    before = known.files
+    if clock_tells:
+        touched = frozenset(path for path, what in now.files.items() if before.get(path) != what)
+    else:
+        touched = frozenset(now.files)
+    others: Differences = {}
+    for path, (mode, mtime_ns) in now.folders.items():
+        if known.folders.get(path) != (mode, mtime_ns):
+            others[path] = Folder(path, mode & 0o777, mtime_ns)
+    for path, (target, mtime_ns) in now.symlinks.items():
+        if known.symlinks.get(path) != (target, mtime_ns):
+            others[path] = Symlink(path, target, mtime_ns)
+    here = now.files.keys() | now.folders.keys() | now.symlinks.keys()
+    for path in (before.keys() | known.folders.keys() | known.symlinks.keys()) - here:
+        others[path] = None
+    return Changes(now, touched, others)

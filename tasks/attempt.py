@@ -65,7 +65,7 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     reach("attempt:after-snapshot")
 
     tree = WorkTree(settings.scratch, key, _claim_id(task))
-    with _removed(tree.remove), _cancellation() as cancelled, _ended(task, mine, cancelled):
+    with _removed(tree.release), _cancellation() as cancelled, _ended(task, mine, cancelled):
         tree.checkout(directory, base)
         reach("attempt:after-checkout")
         result = _call(task, _run(task, tree.path, base.n, cancelled), args, kwargs)

@@ -40,7 +40,7 @@ def run(
         body(tree.path)
         return attempt.commit(tree, result, attempt=1, node="node-1")
     finally:
-        tree.remove()
+        tree.release()
 
 
 def write(name: str, text: str) -> Body:
@@ -60,9 +60,7 @@ def both(*bodies: Body) -> Body:
 
 def contents(version: Version) -> dict[str, bytes]:
     """The files of a version, read from where they lie."""
-    return {
-        file.path: (version.directory / file.stored).read_bytes() for file in version.manifest.files
-    }
+    return {file.path: version.read(file.path) for file in version.manifest.files}
 
 
 def files_below(root: Path) -> dict[str, bytes]:

@@ -62,8 +62,9 @@ def test_only_what_was_touched_is_stored_again(root: Path, scratch: Path) -> Non
     run(root, scratch, "t1", lambda tree: [write(f"f{n}", "old")(tree) for n in range(20)])
     run(root, scratch, "t2", write("f7", "new"))
     head = Directory.open(root, "k").head()
-    assert [f.path for f in head.manifest.files if f.stored.startswith("runs/t2/")] == ["f7"]
-    assert len(os.listdir(root / "jobs/k/runs/t2/claim-of-t2/files")) == 1
+    of_t2 = [f.path for f in head.manifest.files if f.extents[0].stored.startswith("runs/t2/")]
+    assert of_t2 == ["f7"]
+    assert (root / "jobs/k/runs/t2/claim-of-t2/data-1-1").read_bytes() == b"new"
     assert contents(head) == {f"f{n}": b"new" if n == 7 else b"old" for n in range(20)}
 
 
@@ -82,8 +83,8 @@ def test_the_layout_is_the_design_s(root: Path, scratch: Path) -> None:
     assert {os.path.relpath(name, root) for name in files_below(root)} == {
         "jobs/k/HEAD",
         "jobs/k/log/0/1",
-        "jobs/k/runs/t1/claim-of-t1/files/0",
-        "jobs/k/runs/t1/claim-of-t1/manifest",
+        "jobs/k/runs/t1/claim-of-t1/data-0-1",
+        "jobs/k/runs/t1/claim-of-t1/manifest-0",
         "jobs/k/runs/t1/claim-of-t1/record-1-1",
     }
     assert (root / "jobs/k/HEAD").read_text() == "1\n"
@@ -302,17 +303,17 @@ def test_a_damaged_manifest_is_reported_by_name(
     how: Callable[[bytes], bytes], root: Path, scratch: Path
 ) -> None:
     run(root, scratch, "t1", write("a", "1"))
-    damage(root / "jobs/k/runs/t1/claim-of-t1/manifest", how)
+    damage(root / "jobs/k/runs/t1/claim-of-t1/manifest-0", how)
     before = files_below(root)
-    with pytest.raises(Damaged, match="claim-of-t1/manifest: the manifest isn't the one"):
+    with pytest.raises(Damaged, match="claim-of-t1/manifest-0: the manifest isn't the one"):
         _ = Directory.open(root, "k").head().manifest
     assert files_below(root) == before
 
 
 def test_a_missing_manifest_is_reported_by_name(root: Path, scratch: Path) -> None:
     run(root, scratch, "t1", nothing)
-    (root / "jobs/k/runs/t1/claim-of-t1/manifest").unlink()
-    with pytest.raises(Damaged, match="claim-of-t1/manifest: the manifest is missing"):
+    (root / "jobs/k/runs/t1/claim-of-t1/manifest-0").unlink()
+    with pytest.raises(Damaged, match="claim-of-t1/manifest-0: the manifest is missing"):
         _ = Directory.open(root, "k").head().manifest
 
 
@@ -330,18 +331,18 @@ def test_a_damaged_stored_file_is_reported_by_name(
     how: Callable[[Path], object], what: str, root: Path, scratch: Path
 ) -> None:
     run(root, scratch, "t1", write("a", "some content"))
-    how(root / "jobs/k/runs/t1/claim-of-t1/files/0")
-    with pytest.raises(Damaged, match=f"claim-of-t1/files/0.*{what}"):
-        run(root, scratch, "t2", nothing)
+    how(root / "jobs/k/runs/t1/claim-of-t1/data-0-1")
+    with pytest.raises(Damaged, match=f"claim-of-t1/data-0-1.*{what}"):
+        run(root, scratch / "of another node", "t2", nothing)
     assert Directory.open(root, "k").head().n == 1
 
 
 def test_a_half_written_run_is_normal_and_left_alone(root: Path, scratch: Path) -> None:
     run(root, scratch, "t1", write("a", "1"))
     half = root / "jobs/k/runs/t2/dead"
-    (half / "files").mkdir(parents=True)
-    (half / "files/0").write_bytes(b"ha")
-    (half / "manifest").write_bytes(b"cohort mani")
+    half.mkdir(parents=True)
+    (half / "data-1-1").write_bytes(b"ha")
+    (half / "manifest-1").write_bytes(b"cohort mani")
     (half / "record-2-1").write_bytes(b"cohort rec")
     assert Directory.open(root, "k").outcome_of("t2") is None
     assert run(root, scratch, "t2", write("b", "2"), claim_id="alive").n == 2
@@ -458,10 +459,10 @@ def test_everything_is_durable_before_the_link_and_the_link_after_it(
     assert run(root, scratch, "t", both(write("a", "1"), write("b", "2")), claim_id="c").n == 1000
     mine = "runs/t/c"
     at = steps.index("LINK")
-    order = [f"{mine}/files/1", f"{mine}/files", f"{mine}/manifest", f"{mine}/record-1000-1"]
+    order = [f"{mine}/{name}" for name in ("data-999-1", "manifest-999", "record-1000-1")]
     places = [steps.index(name) for name in order]
     assert places == sorted(places)
-    assert {*order, f"{mine}/files/0", mine, "runs/t", "runs"} <= set(steps[:at])
+    assert {*order, mine, "runs/t", "runs"} <= set(steps[:at])
     assert mine in steps[steps.index(f"{mine}/record-1000-1") : at]
     assert {"log", "log/0"} <= set(steps[:at])
     assert steps[at + 1 :] == ["log/1"]

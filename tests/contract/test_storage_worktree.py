@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import stat
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from errors import Damaged, Refused
-from storage import manifest, sealed, worktree
+from storage import fetch, manifest, scan, sealed
+from storage.contents import Store
 from storage.directory import Attempt, Directory
+from storage.listing import Listing
 from storage.log import Reference
-from storage.manifest import File, Folder, Manifest, Symlink
-from storage.worktree import Identity, WorkTree
+from storage.manifest import Entry, Extent, File, Folder, Head, Symlink
+from storage.worktree import WorkTree
 from tests.storage_kit import both, contents, run, write
 
 YEAR_2001 = 1_000_000_000_123_456_789
@@ -52,7 +55,7 @@ def shape(tree: Path) -> dict[str, object]:
             status = os.lstat(path)
             key = os.path.relpath(path, tree)
             if stat.S_ISLNK(status.st_mode):
-                found[key] = ("link", os.readlink(path))
+                found[key] = ("link", os.readlink(path), status.st_mtime_ns)
             else:
                 what = Path(path).read_bytes() if stat.S_ISREG(status.st_mode) else "folder"
                 found[key] = (what, oct(status.st_mode & 0o7777), status.st_mtime_ns)
@@ -95,14 +98,15 @@ def fill(tree: Path) -> None:
 def test_a_version_is_the_tree_exactly(root: Path, scratch: Path) -> None:
     seen: list[dict[str, object]] = []
     run(root, scratch, "t1", both(fill, lambda tree: seen.append(shape(tree))))
-    run(root, scratch, "t2", lambda tree: seen.append(shape(tree)))
-    assert seen[0] == seen[1]
-    assert seen[0]["outside"] == ("link", "/etc/passwd")
+    for node in (scratch, scratch / "of another node"):
+        run(root, node, f"t-{node.name}", lambda tree: seen.append(shape(tree)))
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0]["outside"][:2] == ("link", "/etc/passwd")  # type: ignore[index]
     assert len(seen[0]) == 22
     directory = Directory.open(root, "k")
     assert directory.head().manifest == directory.version(1).manifest
-    assert list(scratch.iterdir()) == [scratch / "k"]
-    assert list((scratch / "k").iterdir()) == []
+    directory.head().copy_to(scratch / "copy")
+    assert shape(scratch / "copy") == seen[0]
 
 
 def test_what_a_version_can_t_hold_is_left_out_and_named(root: Path, scratch: Path) -> None:
@@ -145,11 +149,11 @@ def test_a_device_is_left_out_and_named(root: Path, scratch: Path) -> None:
     assert [entry.what for entry in attempt.left_out] == ["character device"]
 
 
-def rewrite_in_place(path: Path) -> None:
+def rewrite_in_place(path: Path, number: int = 9) -> None:
     """The same length, and the mtime put back: only the kernel's ctime tells."""
     before = os.stat(path)
     with open(path, "r+b") as file:
-        file.write(b"X")
+        file.write(b"%d" % number)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
@@ -176,13 +180,18 @@ def test_a_touched_file_is_seen(how: str, root: Path, scratch: Path) -> None:
 
 def with_a_clock_of(tick_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local file system whose time stamps are that coarse."""
-    real = Identity.of
 
-    def coarse(status: os.stat_result) -> Identity:
-        fine = real(status)
-        return replace(fine, ctime_ns=fine.ctime_ns // tick_ns * tick_ns)
+    def coarse(status: os.stat_result) -> scan.Identity:
+        inode, length, mtime_ns, ctime_ns, mode = real(status)
+        return inode, length, mtime_ns, ctime_ns // tick_ns * tick_ns, mode
 
-    monkeypatch.setattr(Identity, "of", coarse)
+    real = scan.identity_of
+    monkeypatch.setattr(scan, "identity_of", coarse)
+    monkeypatch.setattr(fetch, "identity_of", coarse)
+
+
+def in_place(number: int, tree: Path) -> None:
+    rewrite_in_place(tree / "f", number)
 
 
 def test_a_rewrite_right_after_the_checkout_is_seen(
@@ -190,21 +199,26 @@ def test_a_rewrite_right_after_the_checkout_is_seen(
 ) -> None:
     """Within the tick of the checkout it would look untouched; so no run begins within it."""
     with_a_clock_of(50_000_000, monkeypatch)
-    run(root, scratch, "t0", write("f", "abc"))
-    for n in range(1, 8):
-        run(root, scratch, f"t{n}", lambda tree: rewrite_in_place(tree / "f"))
+    run(root, scratch, "t0", write("f", "abcdef"))
+    for n in range(1, 6):
+        run(root, scratch, f"t{n}", partial(in_place, n))
         head = Directory.open(root, "k").head()
-        assert head.manifest.files[0].stored.startswith(f"runs/t{n}/")
+        assert head.manifest.files[0].extents[0].stored.startswith(f"runs/t{n}/")
 
 
-def test_with_a_clock_that_tells_nothing_every_file_is_read(
+def test_with_a_clock_that_tells_nothing_every_file_is_read_and_no_tree_is_kept(
     root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worktree, "A_TICK", 0.05)
+    monkeypatch.setattr(scan, "A_TICK", 0.05)
     run(root, scratch, "t1", write("f", "abc"))
-    with_a_clock_of(10**18, monkeypatch)
-    _, tree = start(root, scratch, "t2")
+    with_a_clock_of(10**19, monkeypatch)
+    _, tree = start(root, scratch / "new", "t2")
     assert tree.changes().touched == {"f"}
+    rewrite_in_place(tree.path / "f")
+    tree.release()
+    seen: list[str] = []
+    run(root, scratch / "new", "t3", lambda tree: seen.append((tree / "f").read_text()))
+    assert seen == ["abc"]
 
 
 def test_what_wasn_t_touched_isn_t_read(root: Path, scratch: Path) -> None:
@@ -251,15 +265,17 @@ def test_a_tree_that_changes_while_it_is_committed_is_refused(
     attempt, tree = start(root, scratch, "t2")
     for name in ("0", "a", "b"):
         write(name, "content")(tree.path)
-    real, copied = Attempt._copy, [0]
+    real, copied = Store.add, [0]
 
-    def interfering(self: Attempt, of: WorkTree, path: str, target: Path) -> tuple[int, str]:
+    def interfering(
+        self: Store, local: Path, path: str, old: File | None, sparse: bool
+    ) -> tuple[Extent, ...]:
         if copied[0] == after * 2:  # before the first file, "0", or after "a" was read
-            CHANGES[how](of.path)
+            CHANGES[how](local.parent)
         copied[0] += 1
-        return real(self, of, path, target)
+        return real(self, local, path, old, sparse)
 
-    monkeypatch.setattr(Attempt, "_copy", interfering)
+    monkeypatch.setattr(Store, "add", interfering)
     with pytest.raises(
         Refused, match=r"changed while it was committed|can't be committed|went away"
     ):
@@ -284,7 +300,7 @@ def test_a_tree_belongs_to_one_attempt(root: Path, scratch: Path) -> None:
     attempt, tree = start(root, scratch, "t1")
     write("a", "1")(tree.path)
     with pytest.raises(Refused, match="exists; a work tree has one attempt"):
-        WorkTree(scratch, "k", "c-t1").checkout(attempt.directory, attempt.base)
+        tree.checkout(attempt.directory, attempt.base)
     assert (tree.path / "a").read_text() == "1"
 
 
@@ -307,8 +323,9 @@ def test_remove_takes_away_what_the_run_sealed_and_follows_no_link(
     (tree.path / "sealed/deep").mkdir(parents=True)
     (tree.path / "sealed").chmod(0)
     (tree.path / "link").symlink_to(outside)
+    path = tree.path
     tree.remove()
-    assert not tree.path.exists()
+    assert not path.exists()
     assert stat.S_IMODE(outside.stat().st_mode) == 0o711
     assert (outside / "keep").read_text() == "1"
     tree.remove()
@@ -337,58 +354,87 @@ def test_two_threads_may_start_trees_of_one_key(root: Path, scratch: Path) -> No
 
 # The manifest's own file.
 
-A_FILE = File("a", "runs/t/c/files/0", 1, "0" * 64, 0o644, 5)
+A_FILE = File("a", 0o644, 5, (Extent("runs/t/c/data-0-1", 0, 1, "0" * 64),))
+
+
+def of(*entries: Entry | None) -> bytes:
+    whole = {entry.path: entry for entry in entries if entry is not None}
+    return manifest.encode(Head(None, 0, len(whole), ()), whole)
 
 
 def test_a_manifest_has_the_same_bytes_however_it_was_put_together() -> None:
-    files = [A_FILE, File("b", "runs/t/c/files/1", 1, "0" * 64, 0o644, 5)]
-    assert Manifest(tuple(files)).encode() == Manifest(tuple(reversed(files))).encode()
+    other = A_FILE._replace(path="b")
+    assert of(A_FILE, other) == of(other, A_FILE)
 
 
-BAD_MANIFESTS = {
-    "absolute": Manifest((), (Folder("/x", 0, 0),)),
-    "up": Manifest((), (Folder("..", 0, 0),)),
-    "up and down": Manifest((), (Folder("a", 0, 0), Folder("a/..", 0, 0))),
-    "dot": Manifest((), (Folder(".", 0, 0),)),
-    "empty": Manifest((), (Folder("", 0, 0),)),
-    "NUL": Manifest((), (Folder("a\0b", 0, 0),)),
-    "double slash": Manifest((), (Folder("a", 0, 0), Folder("a//b", 0, 0))),
-    "no parent": Manifest((), (Folder("a/b", 0, 0),)),
-    "through a link": Manifest((), (Folder("a/b", 0, 0),), (Symlink("a", "/etc"),)),
-    "twice": Manifest((A_FILE,), (Folder("a", 0, 0),)),
-    "stored elsewhere": Manifest((File("a", "../j/runs/t/c/files/0", 1, "0" * 64, 0, 5),)),
-    "stored up": Manifest((File("a", "runs/../../x", 1, "0" * 64, 0, 5),)),
-    "stored absolute": Manifest((File("a", "/etc/passwd", 1, "0" * 64, 0, 5),)),
-    "set-uid": Manifest((File("a", "runs/t/c/files/0", 1, "0" * 64, 0o4755, 5),)),
-    "length": Manifest((File("a", "runs/t/c/files/0", -1, "0" * 64, 0, 5),)),
-    "hash": Manifest((File("a", "runs/t/c/files/0", 1, "xyz", 0, 5),)),
-    "type": Manifest((File("a", "runs/t/c/files/0", "1", "0" * 64, 0, 5),)),  # type: ignore[arg-type]
+def stored(name: str, offset: int = 0, length: int = 1, sha256: str = "0" * 64) -> File:
+    return File("a", 0, 5, (Extent(name, offset, length, sha256),))
+
+
+GOOD = "runs/t/c/data-0-1"
+BAD_MANIFESTS: dict[str, list[Entry]] = {
+    "absolute": [Folder("/x", 0, 0)],
+    "up": [Folder("..", 0, 0)],
+    "up and down": [Folder("a", 0, 0), Folder("a/..", 0, 0)],
+    "dot": [Folder(".", 0, 0)],
+    "empty": [Folder("", 0, 0)],
+    "NUL": [Folder("a\0b", 0, 0)],
+    "double slash": [Folder("a", 0, 0), Folder("a//b", 0, 0)],
+    "no parent": [Folder("a/b", 0, 0)],
+    "through a link": [Folder("a/b", 0, 0), Symlink("a", "/etc", 0)],
+    "through a file": [A_FILE, Folder("a/b", 0, 0)],
+    "stored elsewhere": [stored("../j/runs/t/c/data-0-1")],
+    "stored up": [stored("runs/../../x")],
+    "stored absolute": [stored("/etc/passwd")],
+    "set-uid": [A_FILE._replace(mode=0o4755)],
+    "length": [stored(GOOD, 0, -1)],
+    "no length": [stored(GOOD, 0, 0)],
+    "offset": [stored(GOOD, -1)],
+    "hash": [stored(GOOD, 0, 1, "xyz")],
+    "type": [stored(GOOD, 0, "1")],  # type: ignore[arg-type]
+    "target": [Symlink("a", "", 0)],
 }
 
 
 @pytest.mark.parametrize("bad", BAD_MANIFESTS)
 def test_a_manifest_that_leads_astray_is_damaged(bad: str, tmp_path: Path) -> None:
-    reference = manifest.write(tmp_path, "runs", BAD_MANIFESTS[bad])
+    (tmp_path / "runs").write_bytes(data := of(*BAD_MANIFESTS[bad]))
+    reference = Reference("runs", len(data), hashlib.sha256(data).hexdigest())
     with pytest.raises(Damaged, match=r"runs: "):
-        manifest.read(tmp_path, reference)
+        Listing.read(tmp_path, reference)
 
 
-@pytest.mark.parametrize("body", [[], {}, {"files": 5}, {"files": [{"path": "a"}]}, None, 5])
+def test_a_path_that_is_there_twice_is_damaged(tmp_path: Path) -> None:
+    body = of(A_FILE).partition(b"\n")[2].rstrip()[:-1] + b',\n["d","a",0,0]]\n'
+    with pytest.raises(Damaged, match="there twice"):
+        manifest.decode(sealed.seal_bytes("manifest", 2, body), tmp_path)
+
+
+@pytest.mark.parametrize("body", [[], {}, [{"full": 5}], [[]], None, 5, [{}, 5]])
 def test_a_manifest_of_another_shape_is_damaged(body: object, tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="fields aren't those of a manifest"):
-        Manifest.decode(sealed.seal("manifest", 1, body), tmp_path)
+        manifest.decode(sealed.seal("manifest", 2, body), tmp_path)
 
 
-def test_a_manifest_of_another_format_is_damaged(tmp_path: Path) -> None:
-    with pytest.raises(Damaged, match="format 2 isn't known here"):
-        Manifest.decode(sealed.seal("manifest", 2, {}), tmp_path)
+@pytest.mark.parametrize("line", [5, [], ["x", "a"], ["d", "a"], ["d", 5, 0, 0], ["f", "a", 0, 0]])
+def test_an_entry_of_another_shape_is_damaged(line: object, tmp_path: Path) -> None:
+    top = json.loads(of().partition(b"\n")[2])[0]
+    with pytest.raises(Damaged):
+        manifest.decode(sealed.seal("manifest", 2, [top, line]), tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_manifest_of_another_format_is_damaged(version: int, tmp_path: Path) -> None:
+    with pytest.raises(Damaged, match=f"format {version} isn't known here"):
+        manifest.decode(sealed.seal("manifest", version, []), tmp_path)
 
 
 def test_a_reference_out_of_the_job_directory_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="lies outside the runs of this key"):
-        manifest.read(tmp_path, Reference("../other/runs/t/c/manifest", 1, "0" * 64))
+        Listing.read(tmp_path, Reference("../other/runs/t/c/manifest", 1, "0" * 64))
 
 
 def test_a_manifest_can_be_read_by_a_person() -> None:
-    data = Manifest((A_FILE,)).encode()
-    assert json.loads(data.partition(b"\n")[2])["files"][0]["path"] == "a"
+    lines = of(A_FILE, Folder("d", 0o755, 7)).decode().splitlines()
+    assert lines[2] == f'["f","a",420,5,[[0,0,1,"{"0" * 64}"]]],'
+    assert lines[3] == '["d","d",493,7]]'
