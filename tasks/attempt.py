@@ -27,7 +27,9 @@ from crashpoints import reach
 from errors import DeadLettered, Fenced, Refused, StandAside, TryLater
 from storage.directory import Attempt, Directory
 from storage.log import Record
+from storage.logs import OutputLog
 from storage.worktree import WorkTree
+from tasks.output import RunLog
 from tasks.progress import ProgressReport
 from tasks.results import check_size, committed_as
 from tasks.run import Run
@@ -65,14 +67,21 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     reach("attempt:after-snapshot")
 
     tree = WorkTree(settings.scratch, key, _claim_id(task))
-    with _removed(tree.release), _cancellation() as cancelled, _ended(task, mine, cancelled):
+    with (
+        _removed(tree.release),
+        _output(task) as output,
+        _cancellation() as cancelled,
+        _ended(task, mine, cancelled, output),
+    ):
         tree.checkout(directory, base)
         reach("attempt:after-checkout")
-        result = _call(task, _run(task, tree.path, base.n, cancelled), args, kwargs)
-        _stop_if(cancelled)
+        run = _run(task, tree.path, base.n, cancelled, output)
+        result = _call(task, run, args, kwargs)
+        _stop_if(cancelled, output)
         reach("attempt:after-body")
         record = mine.commit(tree, result, attempt=_attempt_number(task), node=settings.node)
         reach("attempt:after-commit")
+        _name_left_out(run, mine)
 
     if record.claim_id != mine.claim_id:
         return _outcome_again(task, record)
@@ -89,11 +98,12 @@ def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, An
     folder = Path(tempfile.mkdtemp(prefix="keyless-", dir=scratch))
     with (
         _removed(lambda: shutil.rmtree(folder, ignore_errors=True)),
+        _output(task) as output,
         _cancellation() as cancelled,
-        _ended(task, None, cancelled),
+        _ended(task, None, cancelled, output),
     ):
-        result = _call(task, _run(task, folder, 0, cancelled), args, kwargs)
-        _stop_if(cancelled)
+        result = _call(task, _run(task, folder, 0, cancelled, output), args, kwargs)
+        _stop_if(cancelled, output)
     _after_commit(task, result)
     return result
 
@@ -107,7 +117,9 @@ def _removed(remove: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
-def _ended(task: JobTask, mine: Attempt | None, cancelled: threading.Event) -> Iterator[None]:
+def _ended(
+    task: JobTask, mine: Attempt | None, cancelled: threading.Event, output: OutputLog
+) -> Iterator[None]:
     """What becomes of an attempt that doesn't commit: fenced, tried again, or a final failure."""
     try:
         yield
@@ -116,7 +128,7 @@ def _ended(task: JobTask, mine: Attempt | None, cancelled: threading.Event) -> I
     except Fenced as fence:
         _run_again(task, fence)
     except Exception as error:
-        _stop_if(cancelled)
+        _stop_if(cancelled, output)
         if _may_retry(task, error):
             _retry(task, error)
         if mine is not None:
@@ -232,7 +244,9 @@ def _root(settings: Settings) -> Path:
     return settings.root
 
 
-def _run(task: JobTask, directory: Path, version: int, cancelled: threading.Event) -> Run:
+def _run(
+    task: JobTask, directory: Path, version: int, cancelled: threading.Event, output: OutputLog
+) -> Run:
     assert task.definition is not None
     timeout = task.definition.timeout
     report = ProgressReport(task)
@@ -244,10 +258,29 @@ def _run(task: JobTask, directory: Path, version: int, cancelled: threading.Even
         attempt=_attempt_number(task),
         node=current().node,
         deadline=None if timeout is None else datetime.now(UTC) + timedelta(seconds=timeout),
-        log=get_task_logger(task.name),
+        log=RunLog(task.name, output),
         _report=report,
         _is_cancelled=cancelled.is_set,
+        output=output,
     )
+
+
+@contextmanager
+def _output(task: JobTask) -> Iterator[OutputLog]:
+    """What this attempt says. All of it can be read before its outcome is known."""
+    try:
+        output = OutputLog(current().root, task.request.id, _attempt_number(task), _claim_id(task))
+    except Refused:
+        output = OutputLog.nowhere()  # A task id of the producer's own that can name no folder.
+    try:
+        yield output
+    finally:
+        output.close()
+
+
+def _name_left_out(run: Run, mine: Attempt) -> None:
+    for entry in mine.left_out:
+        run.log.warning("left out of the directory: %s of %s", entry.what, ascii(entry.path))
 
 
 @contextmanager
@@ -265,8 +298,9 @@ def _cancellation() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _stop_if(cancelled: threading.Event) -> None:
+def _stop_if(cancelled: threading.Event, output: OutputLog) -> None:
     """What a cancelled run did is discarded, as Celery's terminate does: by ending the process."""
     if cancelled.is_set():
+        output.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)

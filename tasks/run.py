@@ -12,6 +12,8 @@ from datetime import datetime
 from logging import Logger
 from pathlib import Path
 
+from storage.logs import OutputLog
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -39,8 +41,11 @@ class Run:
     deadline: datetime | None
     """When the job's timeout ends this attempt (UTC), or None."""
     log: Logger
+    """Its messages are for `./cohort logs` as well."""
     _report: Callable[[Progress], None] = field(repr=False)
     _is_cancelled: Callable[[], bool] = field(repr=False)
+    output: OutputLog = field(default_factory=OutputLog.nowhere, repr=False)
+    """What any terminal can follow while the run lasts: `./cohort logs -f ID`."""
 
     def progress(self, done: float, total: float | None = None, unit: str = "") -> None:
         """Show how far the run is. Cheap to call often: reports are thinned out on the way."""

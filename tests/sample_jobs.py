@@ -122,3 +122,9 @@ def keyless_once(run: Run, traces: str, started: str = "", go: str = "") -> str:
     if go:
         wait_for_file(go)
     return run.node
+
+
+@job
+def talk(run: Run, words: list[str]) -> None:
+    for word in words:
+        run.log.info("%s", word)
