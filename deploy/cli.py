@@ -1,4 +1,4 @@
-"""The commands `up`, `nodes` and `submit` of the entry script.
+"""The commands `up`, `nodes`, `doctor` and `submit` of the entry script.
 
 Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 the command line is wrong,
 130 interrupted.
@@ -25,6 +25,7 @@ from broker import server
 from broker.nodes import list_nodes
 from deploy import state
 from errors import CohortError, Unavailable
+from storage.lateness import PATIENCE
 
 if TYPE_CHECKING:
     from tasks.settings import Settings
@@ -91,6 +92,30 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--json", action="store_true", help="as JSON")
     nodes.set_defaults(run=_nodes)
 
+    doctor = commands.add_parser(
+        "doctor",
+        allow_abbrev=False,
+        help="examine the shared folder",
+        description="Examine the shared folder: how it is mounted, whether it keeps what Cohort "
+        "builds on, how fast it is. Nothing is left behind.",
+        epilog="The exit code is 1 if something is dangerous.",
+    )
+    doctor.add_argument(
+        "--root", type=Path, metavar="DIR", help="the shared folder ($COHORT_ROOT, or the fleet's)"
+    )
+    doctor.add_argument(
+        "--with", dest="other", metavar="NODE", help="together with the worker of that node"
+    )
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.add_argument(
+        "--patience",
+        type=float,
+        default=PATIENCE,
+        metavar="S",
+        help=f"seconds to wait for what the other node may see late ({PATIENCE:.0f})",
+    )
+    doctor.set_defaults(run=_doctor)
+
     submit = commands.add_parser(
         "submit",
         allow_abbrev=False,
@@ -154,12 +179,31 @@ def _nodes(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from tasks.settings import Settings
+
+    app = None
+    if options.other:
+        settings = _join_fleet_anew()
+        from tasks import app
+    else:
+        settings = Settings.read(os.environ)
+        fleet = state.find(settings.state)
+        if settings.root is None and fleet is not None:
+            settings = dataclasses.replace(settings, root=Path(fleet.root))
+    if options.root is not None:
+        settings = dataclasses.replace(settings, root=options.root.absolute())
+    from deploy import doctor
+
+    console = Console()
+    if not console.is_terminal:
+        # Into a file or pipe every finding comes on as few lines as it can.
+        console = Console(width=250)
+    return doctor.run(options, settings, app, console)
+
+
 def _submit(options: argparse.Namespace) -> int:
-    before = dict(os.environ)
-    settings = _join_fleet()
-    if os.environ != before:
-        # The app has read its settings already. A new start is the one sure way to change them.
-        os.execv(sys.executable, sys.orig_argv)
+    settings = _join_fleet_anew()
     with contextlib.closing(server.connect(settings.redis)) as client:
         server.check(client, settings.redis)
     from deploy import submit
@@ -167,6 +211,16 @@ def _submit(options: argparse.Namespace) -> int:
 
     app.loader.import_default_modules()
     return submit.run(options, app, Console(), Console(stderr=True))
+
+
+def _join_fleet_anew() -> Settings:
+    """Like `_join_fleet`, for commands that use the app, which reads its settings only once."""
+    before = dict(os.environ)
+    settings = _join_fleet()
+    if os.environ != before:
+        # A new start is the one sure way to change them.
+        os.execv(sys.executable, sys.orig_argv)
+    return settings
 
 
 def _join_fleet() -> Settings:

@@ -17,11 +17,12 @@ from broker.claimant import Claimant, NodeDescription
 from broker.scripts import Scripts
 from broker.transport import consume_as
 from errors import CohortError, SettingsError, WrongMount
-from storage import mount
+from storage import mount, mount_options
 from storage.segments import SegmentWriter
 from tasks.request import run_on
 from tasks.results import record_with
 from tasks.settings import Settings, current
+from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
 from workers.heartbeat import Heartbeat
 from workers.node import WorkerNode
 from workers.writer import Writer
@@ -54,6 +55,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._client = server.connect(settings.redis, timeout=max(1.0, settings.lease / 4))
         server.check(self._client, settings.redis)
         proof = mount.prove(self._root, settings.node)
+        for said in mount_options.judge(mount_options.find(self._root)):
+            if said.verdict == "dangerous":
+                folder = f"{self._root}: {said.what}: {said.found}"
+                logger.warning("dangerous shared folder %s; %s", folder, said.advice)
         server.belongs_to(self._client, proof.fleet_id)
         self._see_the_others()
 
