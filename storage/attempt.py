@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import crashpoints
 from errors import OverQuota, Refused
 from storage import checkpoint, durable, listing, sealed
-from storage.contents import SMALL, Store
+from storage.contents import Store
 from storage.listing import Listing
 from storage.log import Record, Reference, State
-from storage.manifest import Differences, File, LeftOut
+from storage.manifest import SMALL, Differences, File, LeftOut
 from storage.worktree import Changes, WorkTree
 
 if TYPE_CHECKING:
@@ -76,6 +76,26 @@ class Attempt:
         if record.claim_id == self.claim_id and record.n == self.base.n + 1:
             tree.accept(stored, record.n, changes)
         return record
+
+    def commit_version(self, old: Version, result: Any, *, attempt: int, node: str) -> Record:
+        """Make an older version the next one. Returns and raises as `commit` does.
+
+        What the base doesn't name is stored anew, also if it is still there: garbage collection
+        may be about to remove it.
+        """
+        sealed.to_json(result)
+        store = Store(self.directory.path, self.folder, self.base.n)
+        kept = self.base.listing.stored_files()
+        entries = old.differs_from(self.base)
+        for path, entry in entries.items():
+            if isinstance(entry, File):
+                with self.directory.explaining(old.n):
+                    entries[path] = store.copy(entry, kept)
+        store.finish()
+        head, differences = self.base.listing.after(entries, old.listing.left_out)
+        name = os.path.relpath(self.folder / f"manifest-{self.base.n}", self.directory.path)
+        stored = listing.write(self.directory.path, name, head, differences, named=False)
+        return self.record("SUCCESS", stored.reference, result, attempt, node)
 
     def conclude(self, state: str, result: Any, *, attempt: int, node: str) -> Record:
         """Record an outcome that isn't a success: the base's files, unchanged, as next version.

@@ -1,10 +1,10 @@
 """What a task keeps for its own next attempt: its tree in the middle of the work.
 
-    <root>/jobs/<key>/runs/<task id>/checkpoint-<n>/data-<base>-<i>, manifest-<base>, sealed
+    <root>/jobs/<key>/runs/<task id>/checkpoint-<n>/data-<base>-<i>, manifest-<base>, sealed-<base>
 
-A checkpoint is stored like a commit, and counts once the file `sealed` is there and whole; that is
-written last. It is differences to the version that the attempt read: when another version has
-become the head, it is of no use and is never looked at again.
+A checkpoint is stored like a commit, and counts once the file `sealed-<base>` is there and whole;
+that is written last. It is differences to the version that the attempt read: when another version
+has become the head, it is of no use and is never looked at again.
 """
 
 from dataclasses import asdict
@@ -33,7 +33,7 @@ def seal(folder: Path, base: int, listing: Listing) -> None:
     body = {"base": base, "manifest": asdict(listing.reference)}
     # First the names of what it refers to, then its own.
     durable.sync_directory(folder)
-    durable.create(folder / "sealed", sealed.seal("checkpoint", FORMAT, body))
+    durable.create(folder / f"sealed-{base}", sealed.seal("checkpoint", FORMAT, body))
 
 
 def newest(directory: Path, task: Path, base: int) -> Listing | None:
@@ -43,7 +43,7 @@ def newest(directory: Path, task: Path, base: int) -> Listing | None:
     else, so the one before it is taken.
     """
     for number in sorted(_numbers(task), reverse=True):
-        path = task / f"{PREFIX}{number}" / "sealed"
+        path = task / f"{PREFIX}{number}" / f"sealed-{base}"
         data = durable.read(path)
         if data is None:
             continue

@@ -18,11 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import Damaged, Refused
-from storage import durable
-from storage.manifest import HOLE, Extent, File
+from storage import durable, fetch
+from storage.manifest import HOLE, SMALL, Extent, File
 
-# Up to this length files share one stored file: creating one costs more than writing it.
-SMALL = 64 << 10
 A_PACK = 4 << 20
 A_PIECE = 8 << 20
 # So many pieces shorter than A_PIECE a file may have before they are stored anew.
@@ -58,6 +56,26 @@ class Store:
             raise Refused(f"{path!r} can't be committed: {error.strerror}") from error
         finally:
             os.close(file)
+
+    def copy(self, file: File, kept: set[str]) -> File:
+        """The same file with those of its pieces stored anew that don't lie in `kept` files."""
+        pieces = list(file.extents)
+        stored = fetch.Stored(self.directory)
+        try:
+            for at, extent in enumerate(pieces):
+                if extent.stored == HOLE or extent.stored in kept:
+                    continue
+                data = stored.read(extent, file.path, 0)
+                if len(data) <= SMALL:
+                    (pieces[at],) = self._add_small(data, None)
+                    continue
+                name = self._new_name()
+                with durable.writing(self.folder / name) as write:
+                    write(data)
+                pieces[at] = extent._replace(stored=self._stored(name), offset=0)
+        finally:
+            stored.close()
+        return file._replace(extents=tuple(pieces))
 
     def finish(self) -> None:
         """Everything that was added is stored; durable with the folder's next `sync_directory`."""

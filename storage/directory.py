@@ -114,6 +114,16 @@ class Directory:
         names = (entry.name for entry in durable.entries(self.path / "gc"))
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
+    def restore(
+        self, n: int, task_id: str, claim_id: str, *, result: Any, attempt: int, node: str
+    ) -> Record:
+        """Commit version n once more, as the newest one. Raises as `Attempt.commit` does.
+
+        `SnapshotExpired` if files of it were collected.
+        """
+        mine = self.begin(task_id, claim_id, self.head())
+        return mine.commit_version(self.version(n), result, attempt=attempt, node=node)
+
     def conclude_for(
         self, task_id: str, claim_id: str, state: str, result: Any, *, attempt: int, node: str
     ) -> Record:

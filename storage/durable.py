@@ -245,8 +245,15 @@ def _read_source(reading: int, source: Path) -> bytes:
 
 def _read_all(path: Path) -> bytes:
     file = open_to_read(path)
-    with open(file, "rb") as stream:
-        return stream.read()
+    try:
+        length = os.fstat(file).st_size
+        data = os.read(file, length + 1)
+        # One read tells that the file ends where it should; what is anything else is read on.
+        while len(data) != length and (more := os.read(file, CHUNK)):
+            data += more
+        return data
+    finally:
+        os.close(file)
 
 
 def _read_some(path: Path, offset: int, length: int) -> bytes:

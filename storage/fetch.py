@@ -15,9 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from storage import durable, sealed
-from storage.contents import SMALL
 from storage.listing import Missing
-from storage.manifest import HOLE, Extent, File
+from storage.manifest import HOLE, SMALL, Extent, File
 from storage.scan import Identity, identity_of
 
 THREADS = 8

@@ -123,6 +123,13 @@ class Listing:
             return Head(None, 0, len(whole), left_out), dict(whole)
         return Head(self.full, depth, count, left_out), differences
 
+    def share_full(self, known: dict[Reference, dict[str, Entry]]) -> None:
+        """Read the full manifest once for many versions; `known` remembers it."""
+        if self.head.full is not None:
+            if self.head.full not in known:
+                known[self.head.full] = self._full_entries
+            self.__dict__["_full_entries"] = known[self.head.full]
+
     def stored_files(self) -> set[str]:
         """Every file on the shared file system that this version needs."""
         names = {ref.path for ref in (self.reference, self.head.full) if ref is not None}

@@ -146,8 +146,9 @@ class Log:
         task has the name, `Fenced`. `Unavailable` means that the outcome isn't known here; whoever
         asks again later will read it.
         """
-        bucket = self.path(record.n).parent
-        durable.make_directory(bucket)
+        if record.n == 1 or record.n % A_BUCKET == 0:
+            # The first of its bucket: those after it find the bucket made, and durable.
+            durable.make_directory(self.path(record.n).parent)
         if record.n % A_BUCKET == 0:
             # Closes: power lost with record n durable and n - 1, in another directory, not.
             durable.sync_directory(self.path(record.base).parent)

@@ -30,6 +30,8 @@ from storage.log import Reference
 FORMAT = 2
 PERMISSIONS = 0o777
 HOLE = ""
+# Up to this length files share one stored file: creating one costs more than writing it.
+SMALL = 64 << 10
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 

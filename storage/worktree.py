@@ -66,9 +66,9 @@ class WorkTree:
         return self._slot.tree
 
     def checkout(
-        self, directory: "Directory", version: "Version", listing: Listing | None = None
+        self, directory: "Directory", version: "Version", checkpoint: Listing | None = None
     ) -> None:
-        """Make the tree the version, or the `listing` of a checkpoint on it.
+        """Make the tree the version, or what a checkpoint made of it if that can be read.
 
         `Damaged` if what is stored isn't what was committed; `SnapshotExpired` if it was collected.
         """
@@ -77,8 +77,12 @@ class WorkTree:
         with durable.reporting(self._scratch):
             self._slot = take(self._scratch, self._key)
         with durable.reporting(self.path), directory.explaining(version.n):
-            self._bring_to(directory.path, listing or version.listing)
-        self.version_n = version.n
+            self.version_n = version.n
+            if checkpoint is not None:
+                with suppress(Damaged):
+                    self._bring_to(directory.path, checkpoint)
+                    return
+            self._bring_to(directory.path, version.listing)
 
     def changes(self) -> Changes:
         """What is in the tree now, by one look at every name and no look into any file."""
@@ -142,6 +146,8 @@ class WorkTree:
         known = Index.load(self._index)
         if known is not None:
             with suppress(Refused, Damaged):
+                if known.reference == wanted.reference:
+                    return known, scan(self.path), {}
                 before = Listing.read(directory, known.reference)
                 return known, scan(self.path), wanted.since(before)
         return None

@@ -73,7 +73,7 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         _cancellation() as cancelled,
         _ended(task, mine, cancelled, output),
     ):
-        tree.checkout(directory, base)
+        tree.checkout(directory, base, directory.checkpoint_of(task.request.id, base))
         reach("attempt:after-checkout")
         run = _run(task, tree.path, base.n, cancelled, output)
         result = _call(task, run, args, kwargs)

@@ -6,13 +6,14 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import crashpoints
-from errors import Damaged, Fenced, InvalidKey, Refused, StandAside, Unavailable
+from errors import Damaged, Fenced, InvalidKey, OverQuota, Refused, StandAside, Unavailable
 from storage import durable
 from storage.directory import Directory, conclude_for
 from storage.log import Record
@@ -254,7 +255,83 @@ def test_a_conclusion_that_found_no_room_can_be_tried_again(
     assert attempt.conclude("FAILURE", 2, attempt=1, node="n").result == 2
 
 
+# What a commit costs on the shared file system.
+
+
+def changing_calls(work: Callable[[], object], root: Path) -> list[str]:
+    """The system calls below `root` that change something or read contents; not look-ups."""
+    calls: list[str] = []
+
+    def below(path: object, dir_fd: int | None = None) -> bool:
+        name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)  # type: ignore[call-overload]
+        return str(name).startswith(str(root))
+
+    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if below(args[0]) and not (name == "open" and not args[1] & os.O_CREAT):
+                is_folder = name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}")
+                calls.append("fsyncdir" if is_folder else name)
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "read", "pread", "write", "fsync", "link", "mkdir", "rename"):
+            patch.setattr(os, name, noting(name, getattr(os, name)))
+
+        def new_file(path: Path, mode: str) -> FileIO:
+            calls.append("create")
+            return FileIO(path, mode)
+
+        patch.setattr(durable, "FileIO", new_file)
+        work()
+    return calls
+
+
+@pytest.mark.parametrize(("files", "k"), [(10, 1), (10, 3), (2000, 1), (2000, 3), (2000, 40)])
+def test_a_run_costs_what_it_changed(files: int, k: int, root: Path, scratch: Path) -> None:
+    def fill(tree: Path) -> None:
+        for n in range(files):
+            (tree / f"d{n % 20}").mkdir(exist_ok=True)
+            write(f"d{n % 20}/f{n}", f"{n}")(tree)
+
+    run(root, scratch, "t1", fill)
+    run(root, scratch, "t2", write("other", "1"))
+
+    def change(tree: Path) -> None:
+        for n in range(k):
+            write(f"d{n % 20}/f{n}", "new")(tree)
+
+    calls = changing_calls(lambda: run(root, scratch, "t3", change), root)
+    # The snapshot, the attempt and the commit together; and all small files in one stored file.
+    assert sorted(call for call in calls if call != "fsyncdir") == sorted(
+        ["mkdir"] * 2 + ["create", "write", "fsync"] * 3 + ["link"] + ["read"] * 3
+    )
+    assert len(calls) - calls.count("fsyncdir") <= 3 * k + 12
+    assert calls.count("fsyncdir") == 4  # two new folders, the attempt's files, the link
+
+
 # Bad input.
+
+
+def test_a_directory_over_its_quota_is_refused(root: Path, scratch: Path) -> None:
+    run(root, scratch, "t1", write("a", "1"))
+    directory = Directory.open(root, "k")
+    attempt = directory.begin("t2", "c", directory.head())
+    tree = WorkTree(scratch, "k", "c")
+    tree.checkout(directory, attempt.base)
+    (tree.path / "b").write_bytes(b"x" * 5000)
+    with pytest.raises(OverQuota, match="k: 5,001 bytes are more than 5,000"):
+        attempt.commit(tree, None, attempt=1, node="n", quota=5000)
+    assert os.listdir(attempt.folder) == []
+    assert attempt.conclude("FAILURE", "over quota", attempt=1, node="n").n == 2
+    assert contents(directory.head()) == {"a": b"1"}
+    attempt = directory.begin("t3", "c", directory.head())
+    tree.release()
+    tree = WorkTree(scratch, "k", "c")
+    tree.checkout(directory, attempt.base)
+    (tree.path / "b").write_bytes(b"x" * 4999)
+    assert attempt.commit(tree, None, attempt=1, node="n", quota=5000).n == 3
 
 
 @pytest.mark.parametrize("key", ["a/b", "..", "a\0b", "x" * 300])
