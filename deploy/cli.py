@@ -1,4 +1,4 @@
-"""The commands `up`, `nodes`, `doctor` and `submit` of the entry script.
+"""The commands `up`, `nodes`, `doctor`, `submit` and `logs` of the entry script.
 
 Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 the command line is wrong,
 130 interrupted.
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import redis
+from celery import Celery
 from rich.console import Console
 from rich.table import Table
 
 from broker import server
 from broker.nodes import list_nodes
-from deploy import state
-from errors import CohortError, Unavailable
+from deploy import logs, state, submit
+from errors import CohortError, Refused, Unavailable
 from storage.lateness import PATIENCE
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; every error that is foreseen becomes one line."""
-    options = _parser().parse_args(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     # Like the Celery commands: modules of COHORT_JOBS may lie in the caller's folder.
     sys.path.append(os.getcwd())
     try:
@@ -49,6 +50,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cohort: {error}", file=sys.stderr)
         return 1
     return code
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """What follows `--` is a program and its arguments, whatever they look like."""
+    words, program = arguments, None
+    if arguments[:1] == ["submit"] and "--" in arguments:
+        at = arguments.index("--")
+        words, program = arguments[:at], arguments[at + 1 :]
+    parser = _parser()
+    options = parser.parse_args(words)
+    if words[:1] == ["submit"]:
+        submit.check_words(options, program, parser)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,19 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
 
-    submit = commands.add_parser(
-        "submit",
-        allow_abbrev=False,
-        help="hand in a job",
-        description="Hand in a job and print its task id.",
-        epilog="ARGS are values and name=value pairs; a value is JSON if it reads as such, else "
-        "text. With --wait the outcome is printed as JSON, and the exit code is 0 for a success.",
-    )
-    submit.add_argument("--wait", action="store_true", help="follow the job to its outcome")
-    submit.add_argument("--json", action="store_true", help="print JSON only")
-    submit.add_argument("task", metavar="TASK", help="the task's name, or its last part")
-    submit.add_argument("args", metavar="ARGS", nargs="*", help="the job's arguments")
-    submit.set_defaults(run=_submit)
+    submit.add_parser(commands).set_defaults(run=_submit)
+    logs.add_parser(commands).set_defaults(run=_logs)
     return parser
 
 
@@ -203,14 +206,25 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    settings = _join_fleet_anew()
+    settings, app = _join_with_app()
     with contextlib.closing(server.connect(settings.redis)) as client:
         server.check(client, settings.redis)
-    from deploy import submit
+    return submit.run(options, app, settings.root, Console(), Console(stderr=True))
+
+
+def _logs(options: argparse.Namespace) -> int:
+    settings, app = _join_with_app()
+    if settings.root is None:
+        raise Refused("COHORT_ROOT isn't set: logs are on the shared folder")
+    return logs.run(options, settings.root, app)
+
+
+def _join_with_app() -> tuple[Settings, Celery]:
+    settings = _join_fleet_anew()
     from tasks import app
 
     app.loader.import_default_modules()
-    return submit.run(options, app, Console(), Console(stderr=True))
+    return settings, app
 
 
 def _join_fleet_anew() -> Settings:

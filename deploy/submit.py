@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import json
 import re
+import signal
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import redis
@@ -19,23 +22,70 @@ from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from deploy import logs
+from deploy.logs import ENDED, INTERRUPTED, POLL
 from errors import Refused, Unavailable
+from storage.logs import LogReader
 
-POLL = 0.2
-"""How often, in seconds, a followed job is asked how far it is."""
-INTERRUPTED = 130
+COMMAND = "tasks.command.command"
+_HARD_LIMIT_GRACE = 30.0
+"""Seconds that a program has to end after its timeout, before it is killed with its process."""
 
 
-def run(options: Namespace, app: Celery, out: Console, err: Console) -> int:
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    """The command line of `submit`, up to `--`."""
+    submit = commands.add_parser(
+        "submit",
+        allow_abbrev=False,
+        usage="cohort submit [--wait] [--json] TASK [ARGS ...]\n"
+        "       cohort submit [--wait] [--json] --directory KEY [--timeout SPAN] "
+        "[--env NAME=VALUE] -- PROGRAM [ARGS ...]",
+        help="hand in a job",
+        description="Hand in a job and print its task id.",
+        epilog="ARGS of a TASK are values and name=value pairs; a value is JSON if it reads as "
+        "such, else text. With --wait the outcome is printed as JSON, and the exit code is 0 for a "
+        "success. A PROGRAM runs in the job directory KEY; with --wait what it writes is shown as "
+        "it comes, and the exit code is its own. Arguments and --env are no place for secrets: "
+        "they are kept with the outcome.",
+    )
+    submit.add_argument("--wait", action="store_true", help="follow the job to its outcome")
+    submit.add_argument("--json", action="store_true", help="print JSON only")
+    submit.add_argument("--directory", metavar="KEY", help="the job directory of a program")
+    submit.add_argument("--timeout", metavar="SPAN", help="end a program after so long, as 90s, 2h")
+    submit.add_argument(
+        "--env", metavar="NAME=VALUE", action="append", default=[], help="for a program; repeatable"
+    )
+    submit.add_argument("task", metavar="TASK", nargs="?", help="the task's name, or its last part")
+    submit.add_argument("args", metavar="ARGS", nargs="*", help="the job's arguments")
+    return submit
+
+
+def check_words(
+    options: Namespace, program: list[str] | None, parser: argparse.ArgumentParser
+) -> None:
+    """Make the words after `--` part of the options: a program, or more arguments of a task."""
+    options.program = None
+    if options.task is not None:
+        options.args += program or []
+        if options.directory is not None or options.timeout is not None or options.env:
+            parser.error("--directory, --timeout and --env are for a program: write `-- PROGRAM`")
+    elif program:
+        options.program = program
+        if options.directory is None:
+            parser.error("a program needs --directory KEY")
+    else:
+        parser.error("name a TASK, or `--directory KEY -- PROGRAM`")
+
+
+def run(options: Namespace, app: Celery, root: Path | None, out: Console, err: Console) -> int:
     """Submit the job that the options name; the exit code tells its outcome if waited for."""
+    if options.program is not None:
+        return _run_program(options, app, root)
     name = find_task(options.task, app.tasks)
     args, kwargs = parse_arguments(options.args)
-    try:
-        result = app.tasks[name].apply_async(args, kwargs)
-    except TypeError as error:
-        raise Refused(str(error)) from None
-    except (OperationalError, redis.RedisError, OSError) as error:
-        raise Unavailable(f"Redis doesn't take the job: {type(error).__name__}") from None
+    result = _submit(app, name, args, kwargs)
     if not options.wait:
         print(json.dumps({"id": result.id, "task": name}) if options.json else result.id)
         return 0
@@ -46,13 +96,111 @@ def run(options: Namespace, app: Celery, out: Console, err: Console) -> int:
     except KeyboardInterrupt:
         err.print(f"no longer waiting; {result.id} runs on", highlight=False)
         return INTERRUPTED
+    print(json.dumps(_outcome_of(result, name), default=str, ensure_ascii=False))
+    return 0 if result.state == "SUCCESS" else 1
+
+
+def _submit(app: Celery, name: str, args: Any, kwargs: Any, **options: Any) -> AsyncResult:
+    try:
+        return app.tasks[name].apply_async(args, kwargs, **options)
+    except TypeError as error:
+        raise Refused(str(error)) from None
+    except (OperationalError, redis.RedisError, OSError) as error:
+        raise Unavailable(f"Redis doesn't take the job: {type(error).__name__}") from None
+
+
+def _outcome_of(result: AsyncResult, name: str) -> dict[str, Any]:
     outcome = {"id": result.id, "task": name, "state": result.state}
     if result.state == "SUCCESS":
         outcome["result"] = result.result
     else:
         outcome["error"] = f"{type(result.result).__name__}: {result.result}"
-    print(json.dumps(outcome, default=str, ensure_ascii=False))
-    return 0 if result.state == "SUCCESS" else 1
+    return outcome
+
+
+# --- Any program ---
+
+
+def _run_program(options: Namespace, app: Celery, root: Path | None) -> int:
+    kwargs = {"argv": options.program, "key": options.directory, "env": _variables(options.env)}
+    result = _submit(app, COMMAND, (), kwargs, **_limits(options.timeout))
+    if not options.wait:
+        print(json.dumps({"id": result.id, "task": COMMAND}) if options.json else result.id)
+        return 0
+    # Its output is stdout's only content; or, with --json, the outcome is.
+    print(f"cohort: {result.id}", file=sys.stderr, flush=True)
+    stream = sys.stderr.buffer if options.json else sys.stdout.buffer
+    lines = _Lines("cohort:")
+    try:
+        if root is None:
+            print("cohort: COHORT_ROOT isn't set: its output can't be shown", file=sys.stderr)
+            _follow_states(result, lines)
+        else:
+            output = logs.Output(LogReader(root, result.id), stream)
+            logs.follow(result, output, lambda state: lines.show(state, {}))
+    except KeyboardInterrupt:
+        print(
+            f"\ncohort: no longer waiting; {result.id} runs on: ./cohort logs -f {result.id}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    told = result.result if result.state == "SUCCESS" else getattr(result.result, "outcome", None)
+    if options.json:
+        print(json.dumps({**_outcome_of(result, COMMAND), "outcome": told}, default=str))
+    else:
+        summary = summary_of(told) if told else _outcome_of(result, COMMAND)["error"]
+        print(f"cohort: {summary}", file=sys.stderr)
+    return exit_code(told)
+
+
+def exit_code(outcome: dict[str, Any] | None) -> int:
+    """The program's own, as a shell tells it; 1 if it has none."""
+    if not outcome:
+        return 1
+    if outcome["exit_status"] is not None:
+        return int(outcome["exit_status"])
+    name = outcome["signal"]
+    try:
+        return 128 + signal.Signals[name]
+    except KeyError:
+        return 128 + int(name.removeprefix("SIG"))
+
+
+def summary_of(outcome: dict[str, Any]) -> str:
+    """One line for people."""
+    how = f"exit status {outcome['exit_status']}"
+    if outcome["signal"] is not None:
+        how = f"ended by {outcome['signal']}"
+    cpu = outcome["user_seconds"] + outcome["system_seconds"]
+    return (
+        f"{how} after {outcome['elapsed']:.1f} s, {cpu:.1f} s of CPU, "
+        f"{outcome['most_memory'] / 2**20:.0f} MiB of memory"
+    )
+
+
+def _limits(timeout: str | None) -> dict[str, float]:
+    from tasks.settings import parse_span
+
+    if timeout is None:
+        return {}
+    try:
+        span = parse_span(timeout)
+    except ValueError as error:
+        raise Refused(f"--timeout: expected {error}") from None
+    return {"soft_time_limit": span, "time_limit": span + _HARD_LIMIT_GRACE}
+
+
+def _variables(words: Sequence[str]) -> dict[str, str] | None:
+    variables = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise Refused(f"--env: NAME=VALUE, not {name}")
+        variables[name] = value
+    return variables or None
+
+
+# --- Tasks of Python ---
 
 
 def find_task(wanted: str, known: Sequence[str]) -> str:
@@ -104,9 +252,16 @@ def _follow(result: AsyncResult, name: str, err: Console) -> None:
             meta = result.backend.get_task_meta(result.id)
             state, info = meta["status"], meta.get("result")
             display.show(state, info if isinstance(info, dict) else {})
-            if state in ("SUCCESS", "FAILURE", "REVOKED"):
+            if state in ENDED:
                 return
             time.sleep(POLL)
+
+
+def _follow_states(result: AsyncResult, display: _Display) -> None:
+    while (state := result.state) not in ENDED:
+        display.show(state, {})
+        time.sleep(POLL)
+    display.show(state, {})
 
 
 @contextlib.contextmanager

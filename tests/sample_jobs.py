@@ -128,3 +128,10 @@ def keyless_once(run: Run, traces: str, started: str = "", go: str = "") -> str:
 def talk(run: Run, words: list[str]) -> None:
     for word in words:
         run.log.info("%s", word)
+
+
+@job(key="talk-{name}", retries=2)
+def talk_and_fail(run: Run, name: str, times: int) -> None:
+    run.log.info("attempt %d", run.attempt)
+    if run.attempt <= times:
+        raise ValueError(f"attempt {run.attempt} fails")
