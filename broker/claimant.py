@@ -18,11 +18,11 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from broker.scripts import Scripts
+from broker.scripts import Claimed, Scripts
 
 CLAIM_PREFIX = "claim-"
 """What tells a claim id from a stock delivery tag, which is a UUID."""
@@ -56,8 +56,8 @@ class Claimant:
         self.lease = lease
         self.on_finish: Callable[[str], object] | None = None
         """Who acknowledges: the node's writer, once the outcome is on disk."""
-        self.on_claim: Callable[[str, str, str, str], object] | None = None
-        """Who notes what was claimed: claim id, queue, Redis list, message."""
+        self.on_claim: Callable[[str, Claimed, str, Mapping[str, Any]], object] | None = None
+        """Who notes what was claimed: claim id, what it brought, its Redis list, its headers."""
         self._describe = describe
         self._guard = threading.Lock()
         self._known: set[str] = set()

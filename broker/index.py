@@ -247,10 +247,11 @@ class Index:
         """Tell those who wait for outcomes to look again."""
         self.client.publish(keys.REFILLED, "")
 
-    def is_known(self) -> bool:
-        """Whether this Redis has been filled from the shared folder since it was last empty."""
-        return bool(self.client.exists(keys.GENERATION))
+    def generation(self) -> bytes | None:
+        """What `now_known` was told; None if this Redis was emptied since, or is new."""
+        held: bytes | None = self.client.get(keys.GENERATION)
+        return held
 
     def now_known(self, generation: str) -> None:
-        """It has been; `generation` says when or by whom, for people."""
+        """This Redis has been filled from the shared folder."""
         self.client.set(keys.GENERATION, generation)

@@ -40,8 +40,9 @@ class Note:
         return cls(**json.loads(payload))
 
 
-def note_of(queue: str, list_name: str, message: str, due_ms: int | None = None) -> Note:
+def note_of(queue: str, list_name: str, message: str | bytes, due_ms: int | None = None) -> Note:
     """The note of a message; `ValueError` if it isn't a task's."""
+    message = message if isinstance(message, str) else message.decode()
     headers = json.loads(message).get("headers") or {}
     about = headers.get("cohort") or {}
     if not isinstance(headers.get("id"), str):

@@ -20,8 +20,9 @@ from kombu.transport import virtual
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError
 
-from broker import keys
+from broker import journal, keys
 from broker.claimant import CLAIM_PREFIX, Claimant
+from broker.journal import Note
 from broker.scripts import Claimed, Scripts
 from errors import Refused
 
@@ -29,7 +30,13 @@ logger = get_logger(__name__)
 
 _SAFETY_POLL = 0.1
 
+
+def _nowhere(note: Note) -> float:
+    raise Refused("a durable job can't be submitted here: nobody makes notes of jobs")
+
+
 _claimant: Claimant | None = None
+_write_down: Callable[[Note], float] = _nowhere
 _key_of: Callable[[Mapping[str, Any]], str] = lambda message: ""  # noqa: E731
 
 
@@ -48,6 +55,12 @@ def qualify_with(key_of: Callable[[Mapping[str, Any]], str]) -> None:
     """How to find the job key of a message that a stock producer wrote ('' for none)."""
     global _key_of
     _key_of = key_of
+
+
+def note_with(write_down: Callable[[Note], float]) -> None:
+    """How a producer makes a note of a durable job; it returns for how long, in seconds."""
+    global _write_down
+    _write_down = write_down
 
 
 def _due_ms(headers: Mapping[str, Any]) -> int | None:
@@ -136,7 +149,13 @@ class Channel(stock.Channel):  # type: ignore[misc]
             super()._put(queue, message, **kwargs)
             return
         priority = self._get_message_priority(message, reverse=False)
-        self._scripts.put(self._q_for_pri(queue, priority), queue, dumps(message), _due_ms(headers))
+        list_name, text, due = self._q_for_pri(queue, priority), dumps(message), _due_ms(headers)
+        if isinstance(headers["cohort"], dict) and headers["cohort"].get("durable") is True:
+            note = journal.note_of(queue, list_name, text, due)
+            # On disk before it is in Redis. Put again after a lost reply, it is there but once.
+            journal.put_once(self._scripts, note, _write_down(note))
+            return
+        self._scripts.put(list_name, queue, text, due)
 
     # The worker's half: ask, then read, on the event loop's own connection.
 
@@ -234,7 +253,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if _claimant.on_claim is not None:
             priority = self._get_message_priority(message, reverse=False)
             list_name = self._q_for_pri(claimed.queue, priority)
-            _claimant.on_claim(claim_id, claimed.queue, list_name, claimed.payload.decode())
+            _claimant.on_claim(claim_id, claimed, list_name, message["headers"])
         self.connection._deliver(message, claimed.queue)
         return True
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from broker import server
 from broker.nodes import list_nodes
-from deploy import logs, state, submit
+from deploy import logs, outcomes, state, submit
 from errors import CohortError, Refused, Unavailable
 from storage.lateness import PATIENCE
 
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
     submit.add_parser(commands).set_defaults(run=_submit)
     logs.add_parser(commands).set_defaults(run=_logs)
+    outcomes.add_commands(commands, _join_fleet)
     return parser
 
 

@@ -5,6 +5,7 @@ picks who does them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -14,7 +15,9 @@ from celery.utils.log import get_logger
 from broker import server
 from broker.leader import Leadership
 from broker.scripts import Scripts
+from errors import CohortError
 from scheduler.reaper import Reaper
+from scheduler.recovery import Recovery
 from tasks.settings import current
 
 logger = get_logger(__name__)
@@ -34,8 +37,19 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._leadership = Leadership(scripts, "reaper", settings.lease)
         self._reaper = Reaper(scripts, settings.lease, pace)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cohort-duties", daemon=True)
-        self._thread.start()
+        self._begin("cohort-duties", self._run)
+        if settings.root is not None:
+            self._recovery = Recovery(
+                # Its own connection: reading a folder of millions must not hold the reaper up.
+                Scripts(server.connect(settings.redis)),
+                settings.root,
+                settings.lease,
+                settings.journal_keep,
+            )
+            self._begin("cohort-recovery", self._run_recovery)
+
+    def _begin(self, name: str, run: Callable[[], None]) -> None:
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     def stop(self, worker: Any) -> None:
         """Stop; another node takes the lead when the lease has run out."""
@@ -50,3 +64,12 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
                     self._reaper.watch()
             except (redis.RedisError, OSError) as error:
                 logger.warning("the duties wait for Redis: %s", error)
+
+    def _run_recovery(self) -> None:
+        while True:
+            try:
+                self._recovery.run_once()
+            except (redis.RedisError, OSError, CohortError) as error:
+                logger.warning("the recovery waits: %s", error)
+            if self._stopped.wait(self._pace):
+                return

@@ -10,8 +10,9 @@ from celery import Celery
 from celery.schedules import crontab
 from kombu.transport import TRANSPORT_ALIASES
 
-from broker.transport import qualify_with
+from broker.transport import note_with, qualify_with
 from errors import SettingsError
+from tasks.journal import write_down
 from tasks.settings import Settings, current
 
 
@@ -33,6 +34,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "result_backend": f"tasks.results:SharedResults+{settings.redis}",
         "result_expires": settings.results_expire,
         "cohort_results_in_redis": settings.results_in_redis,
+        "cohort_journal_keep": settings.journal_keep,
         "cohort_root": None if settings.root is None else str(settings.root),
         "result_extended": True,
         "result_backend_always_retry": True,
@@ -74,3 +76,4 @@ def _key_of_message(message: Any) -> str:
 
 
 qualify_with(_key_of_message)
+note_with(lambda note: write_down(app, note))

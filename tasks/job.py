@@ -20,6 +20,7 @@ from kombu.serialization import loads, prepare_accept_content
 
 from errors import CohortError, DeadLettered, InvalidKey, Refused
 from storage.keys import check_key
+from tasks.journal import root_of
 from tasks.settings import current, parse_size, parse_span
 
 _HARD_LIMIT_GRACE = 30.0
@@ -67,8 +68,19 @@ class JobTask(Task):  # type: ignore[misc]
         *positional: Any,
         **options: Any,
     ) -> Any:
-        """Submit it. The key travels in the message's header `cohort`, for the broker to read."""
+        """Submit it. The key travels in the message's header `cohort`, for the broker to read.
+
+        `durable=True`: it is accepted when a note of it is on the shared folder, and put back into
+        its queue if Redis loses it.
+        """
         about: dict[str, Any] = {}
+        if options.pop("durable", False):
+            root_of(self.app)
+            about["durable"] = True
+        elif (self.request.get("cohort") or {}).get("durable") and (
+            options.get("task_id") == self.request.id
+        ):
+            about["durable"] = "noted"  # A retry: the note of the first try stands for it.
         if self.definition is not None:
             try:
                 key = self.definition.key_of(args or (), kwargs or {})

@@ -15,7 +15,7 @@ from weakref import ref
 
 from billiard.exceptions import WorkerLostError
 from celery.app.trace import fast_trace_task
-from celery.exceptions import TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import Reject, Retry, TaskRevokedError, TimeLimitExceeded
 from celery.signals import task_revoked
 from celery.utils.log import get_logger
 from celery.worker.request import Request
@@ -34,6 +34,9 @@ class Node(Protocol):
 
     def record(self, outcome: Outcome) -> None:
         """Write a final outcome down, then announce it."""
+
+    def end(self, request: JobRequest) -> None:
+        """It has ended and leaves no outcome."""
 
     def give_back_lost(self, request: JobRequest) -> None:
         """Return a claim whose child was lost, once the child is dead."""
@@ -59,6 +62,16 @@ def trace_job(*args: Any, **kwargs: Any) -> tuple[int, Any, Any, list[Outcome]]:
     with collected_outcomes() as outcomes:
         failed, value, runtime = fast_trace_task(*args, **kwargs)
     return failed, value, runtime, outcomes
+
+
+def _ends(failed: int, value: Any) -> bool:
+    """Whether a task that has no outcome is over all the same, and won't be tried again."""
+    if not failed:
+        return True
+    error = getattr(value.exception, "exc", value.exception)
+    return not isinstance(error, (Retry, GoesBack)) and not (
+        isinstance(error, Reject) and error.requeue
+    )
 
 
 class Child:
@@ -165,6 +178,8 @@ class JobRequest(Request):  # type: ignore[misc]
         if _node is not None:
             for outcome in outcomes:
                 _node.record(outcome)
+            if not outcomes and _ends(failed, value):
+                _node.end(self)
         super().on_success((failed, value, runtime), **kwargs)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:

@@ -41,6 +41,10 @@ class WorkerNode:
         """Write a final outcome down, then announce it."""
         self._writer.record(outcome)
 
+    def end(self, request: JobRequest) -> None:
+        """It has ended and leaves no outcome."""
+        self._writer.end(request.claim_id)
+
     def give_back_lost(self, request: JobRequest) -> None:
         """Return a claim whose child was lost, once the child is dead."""
         self._aside(self._give_back_lost, request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import redis
@@ -14,11 +15,13 @@ from celery.utils.log import get_logger
 
 from broker import nodes, server
 from broker.claimant import Claimant, NodeDescription
-from broker.scripts import Scripts
+from broker.journal import note_of
+from broker.scripts import Claimed, Scripts
 from broker.transport import consume_as
 from errors import CohortError, SettingsError, WrongMount
 from storage import mount, mount_options
-from storage.segments import SegmentWriter
+from storage.segments import Entry, SegmentWriter
+from tasks.journal import entry_of
 from tasks.request import run_on
 from tasks.results import record_with
 from tasks.settings import Settings, current
@@ -80,6 +83,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             host=socket.gethostname(),
             pid=os.getpid(),
             nonce=mount.leave_nonce(self._root, self._settings.node, incarnation),
+            life=self.life,
         )
 
     def start(self, worker: Any) -> None:
@@ -87,15 +91,18 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.claimant = Claimant(
             Scripts(self._client), self._settings.node, self._settings.lease, self._describe
         )
+        self.life = self.claimant.incarnation
         backend = worker.app.backend
         self.writer = Writer(
-            SegmentWriter(self._root, self._settings.node, self.claimant.incarnation),
+            SegmentWriter(self._root, self._settings.node, self.life),
             self.claimant,
             backend,
+            self._settings.journal_keep,
         )
         self.node = WorkerNode(self._settings, self._root, self.writer)
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish
+        self.claimant.on_claim = self._note
         self.claimant.register()
         self.writer.start()
         self.heartbeat.start()
@@ -103,6 +110,17 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         run_on(self.node)
         consume_as(self.claimant)
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
+
+    def _note(
+        self, claim_id: str, claimed: Claimed, list_name: str, headers: Mapping[str, Any]
+    ) -> None:
+        def note() -> Entry:
+            return entry_of(
+                note_of(claimed.queue, list_name, claimed.payload), self._settings.journal_keep
+            )
+
+        durable = bool(headers["cohort"].get("durable"))
+        self.writer.begin(claim_id, headers["id"], note, durable=durable)
 
     def stop(self, worker: Any) -> None:
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""

@@ -60,7 +60,8 @@ class _GiveBack:
 @dataclass(frozen=True)
 class _Begun:
     claim_id: str
-    note: Entry
+    task_id: str
+    note: Callable[[], Entry]
     at: float
     durable: bool
 
@@ -90,15 +91,18 @@ class Writer:
         segment: SegmentWriter,
         claimant: Claimant,
         results: Results,
+        keep: float = 0.0,
     ) -> None:
+        """`keep`: for how many seconds what it notes has to be there."""
         self._segment = segment
         self._claimant = claimant
         self._results = results
+        self._keep = keep
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._thread = essential_thread("cohort-writer", self._run)
         self._impatient = threading.Event()
         self._unnoted: dict[str, _Begun] = {}
-        self._noted: dict[str, Entry] = {}
+        self._noted: dict[str, str] = {}
 
     def start(self) -> None:
         """Begin to write."""
@@ -123,9 +127,11 @@ class Writer:
         """A claim goes back to the front."""
         self._orders.put(_GiveBack(claim_id, lost))
 
-    def begin(self, claim_id: str, note: Entry, *, durable: bool) -> None:
+    def begin(
+        self, claim_id: str, task_id: str, note: Callable[[], Entry], *, durable: bool
+    ) -> None:
         """A claim was taken: to be noted if it runs for a while."""
-        self._orders.put(_Begun(claim_id, note, time.monotonic(), durable))
+        self._orders.put(_Begun(claim_id, task_id, note, time.monotonic(), durable))
 
     def end(self, claim_id: str) -> None:
         """A job has ended and leaves no outcome."""
@@ -168,13 +174,14 @@ class Writer:
         for order in batch:
             if isinstance(order, _Begun):
                 if order.durable:
-                    self._noted[order.claim_id] = order.note  # Its producer has noted it.
+                    self._noted[order.claim_id] = order.task_id  # Its producer has noted it.
                 else:
                     self._unnoted[order.claim_id] = order
             elif isinstance(order, _Ended):
-                note = self._noted.pop(order.claim_id, None)
-                if note is not None:
-                    notes.append(Entry("ended", note.id, note.expires_ms, b""))
+                task_id = self._noted.pop(order.claim_id, None)
+                if task_id is not None:
+                    expires_ms = int((time.time() + self._keep) * 1000)
+                    notes.append(Entry("ended", task_id, expires_ms, b""))
             elif isinstance(order, (_Finish, _GiveBack)):
                 self._unnoted.pop(order.claim_id, None)
                 self._noted.pop(order.claim_id, None)
@@ -183,8 +190,8 @@ class Writer:
             if begun.at > due:
                 break
             del self._unnoted[begun.claim_id]
-            self._noted[begun.claim_id] = begun.note
-            notes.append(begun.note)
+            self._noted[begun.claim_id] = begun.task_id
+            notes.append(begun.note())
         return notes
 
     def _record(self, batch: _Batch) -> None:

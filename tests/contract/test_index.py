@@ -121,8 +121,8 @@ def test_an_outcome_held_takes_less_than_150_bytes(index: Index) -> None:
 
 
 def test_it_knows_whether_it_was_filled(index: Index, redis_server: RedisServer) -> None:
-    assert not index.is_known()
+    assert index.generation() is None
     index.now_known("g")
-    assert index.is_known()
+    assert index.generation() == b"g"
     redis_server.wipe()
-    assert not index.is_known()
+    assert index.generation() is None
