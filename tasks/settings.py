@@ -53,6 +53,13 @@ def _count(value: object) -> int:
     return int(str(value))
 
 
+def _lease(value: object) -> float:
+    span = parse_span(value)
+    if span < 1:
+        raise ValueError("a time span of at least 1s: it is renewed three times in its length")
+    return span
+
+
 def _folder(value: object) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError("the path of a folder")
@@ -103,6 +110,11 @@ def _default_scratch() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cohort"
 
 
+def _default_node() -> str:
+    # A host's name may hold what a node's can't.
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname().split(".")[0]).strip("-") or "node"
+
+
 def _default_state() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cohort"
 
@@ -120,7 +132,7 @@ class Settings:
     root: Path | None = _setting(_folder)
     """The shared folder (EFS) with job directories and outcomes. Workers need it."""
     redis: str = field(default="redis://127.0.0.1:6379/0", metadata={"parse": _redis}, repr=False)
-    node: str = _setting(_name, factory=lambda: _name(socket.gethostname().split(".")[0]))
+    node: str = _setting(_name, factory=_default_node)
     """This machine's name in the fleet."""
     cpus: int = _setting(_count, factory=_default_cpus)
     memory: int = _setting(parse_size, factory=_default_memory)
@@ -128,7 +140,7 @@ class Settings:
     """The node's own disk, for work trees."""
     state: Path = _setting(_folder, factory=_default_state)
     """Where beat keeps its schedule file."""
-    lease: float = _setting(parse_span, 15.0)
+    lease: float = _setting(_lease, 15.0)
     """How long a silent node keeps its claims."""
     deliveries: int = _setting(_count, 3)
     """How often a job may be lost with its node or process before it is dead-lettered."""

@@ -262,3 +262,16 @@ class TestSizesAndSpans:
     def test_a_size_beyond_all_measure(self) -> None:
         with pytest.raises(SettingsError, match="COHORT_MEMORY"):
             read({"COHORT_MEMORY": "9" * 400})
+
+
+class TestWhatANodeCanLiveWith:
+    def test_a_lease_too_short_to_be_renewed(self) -> None:
+        with pytest.raises(SettingsError, match=r"COHORT_LEASE: expected .* at least 1s"):
+            read({"COHORT_LEASE": "100ms"})
+
+    @pytest.mark.parametrize(("host", "node"), [("my_host.example", "my-host"), ("-", "node")])
+    def test_a_host_name_that_is_no_node_name(
+        self, host: str, node: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("socket.gethostname", lambda: host)
+        assert read({}).node == node
