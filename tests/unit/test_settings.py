@@ -54,7 +54,7 @@ class TestWhereTheyComeFrom:
                 "COHORT_NODE": "node-1",
                 "COHORT_CPUS": "3",
                 "COHORT_MEMORY": "1.5 GiB",
-                "COHORT_LEASE": "250ms",
+                "COHORT_LEASE": "2500ms",
                 "COHORT_DELIVERIES": "5",
                 "COHORT_RESULTS_EXPIRE": "2d",
                 "COHORT_JOBS": "jobs.nightly, jobs.hourly,",
@@ -64,7 +64,7 @@ class TestWhereTheyComeFrom:
         assert settings.redis == "rediss://host:1/2"
         assert settings.node == "node-1"
         assert (settings.cpus, settings.memory) == (3, 3 << 29)
-        assert (settings.lease, settings.deliveries) == (0.25, 5)
+        assert (settings.lease, settings.deliveries) == (2.5, 5)
         assert settings.results_expire == 172_800
         assert settings.jobs == ("jobs.nightly", "jobs.hourly")
 
