@@ -1,6 +1,6 @@
 """How many small tasks a second, beside stock Celery on the same Redis, in alternating rounds.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/throughput.py [--tasks 1000] [--rounds 5]
+    .venv/bin/python -m benchmarks.throughput [--tasks 1000] [--rounds 5]
 
 One worker of two prefork processes each; results on; rates from the first `.delay()` to the last
 result. `keyed` runs write a file and commit it, eight keys at a time.
