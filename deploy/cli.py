@@ -1,4 +1,4 @@
-"""The commands `up`, `nodes`, `doctor`, `submit` and `logs` of the entry script.
+"""The commands `up`, `nodes`, `doctor`, `submit`, `logs` and `dir` of the entry script.
 
 Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 the command line is wrong,
 130 interrupted.
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from broker import server
 from broker.nodes import list_nodes
-from deploy import logs, outcomes, state, submit
+from deploy import directories, logs, outcomes, state, submit
 from errors import CohortError, Refused, Unavailable
 from storage.lateness import PATIENCE
 
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
     submit.add_parser(commands).set_defaults(run=_submit)
     logs.add_parser(commands).set_defaults(run=_logs)
+    directories.add_parser(commands).set_defaults(run=_dir)
     outcomes.add_commands(commands, _join_fleet)
     return parser
 
@@ -184,17 +185,12 @@ def _nodes(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from tasks.settings import Settings
-
     app = None
     if options.other:
         settings = _join_fleet_anew()
         from tasks import app
     else:
-        settings = Settings.read(os.environ)
-        fleet = state.find(settings.state)
-        if settings.root is None and fleet is not None:
-            settings = dataclasses.replace(settings, root=Path(fleet.root))
+        settings = _settings_with_root()
     if options.root is not None:
         settings = dataclasses.replace(settings, root=options.root.absolute())
     from deploy import doctor
@@ -218,6 +214,27 @@ def _logs(options: argparse.Namespace) -> int:
     if settings.root is None:
         raise Refused("COHORT_ROOT isn't set: logs are on the shared folder")
     return logs.run(options, settings.root, app)
+
+
+def _dir(options: argparse.Namespace) -> int:
+    if options.act in directories.NEEDS_FLEET:
+        settings, app = _join_with_app()
+    else:
+        # Reading takes no Redis, and no fleet that runs.
+        settings, app = _settings_with_root(), None
+    if settings.root is None:
+        raise Refused("COHORT_ROOT isn't set: job directories are on the shared folder")
+    return directories.run(options, settings.root, app)
+
+
+def _settings_with_root() -> Settings:
+    from tasks.settings import Settings
+
+    settings = Settings.read(os.environ)
+    fleet = state.find(settings.state)
+    if settings.root is None and fleet is not None:
+        return dataclasses.replace(settings, root=Path(fleet.root))
+    return settings
 
 
 def _join_with_app() -> tuple[Settings, Celery]:

@@ -214,7 +214,7 @@ def find_task(wanted: str, known: Sequence[str]) -> str:
     if matches:
         raise Refused(f"{wanted} could be {' or '.join(matches)}: give the full name")
     shorts = {name.rpartition(".")[2]: name for name in names}
-    near = difflib.get_close_matches(wanted, [*names, *shorts], n=3, cutoff=0.5)
+    near = difflib.get_close_matches(wanted, [*names, *shorts], n=3, cutoff=0.6)
     near = list(dict.fromkeys(shorts.get(word, word) for word in near))
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
     raise Refused(f"there is no task {wanted}; {hint}")

@@ -38,7 +38,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "cohort_root": None if settings.root is None else str(settings.root),
         "result_extended": True,
         "result_backend_always_retry": True,
-        "imports": ("tasks.command", "tasks.export", *settings.jobs),
+        "imports": ("tasks.command", "tasks.directory", "tasks.export", *settings.jobs),
         "task_track_started": True,
         # A claim ends when its outcome is on disk, and goes back when its process is lost.
         "task_acks_late": True,

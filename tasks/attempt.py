@@ -76,10 +76,11 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         tree.checkout(directory, base, directory.checkpoint_of(task.request.id, base))
         reach("attempt:after-checkout")
         run = _run(task, tree.path, base.n, cancelled, output)
+        run._checkpoint = lambda: mine.checkpoint(tree)
         result = _call(task, run, args, kwargs)
         _stop_if(cancelled, output)
         reach("attempt:after-body")
-        record = mine.commit(tree, result, attempt=_attempt_number(task), node=settings.node)
+        record = _commit(task, run, mine, tree, result)
         reach("attempt:after-commit")
         _name_left_out(run, mine)
 
@@ -106,6 +107,14 @@ def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, An
         _stop_if(cancelled, output)
     _after_commit(task, result)
     return result
+
+
+def _commit(task: JobTask, run: Run, mine: Attempt, tree: WorkTree, result: Any) -> Record:
+    attempt, node = _attempt_number(task), current().node
+    if run._version_to_commit is None:
+        return mine.commit(tree, result, attempt=attempt, node=node)
+    old = mine.directory.version(run._version_to_commit)
+    return mine.commit_version(old, result, attempt=attempt, node=node)
 
 
 @contextmanager

@@ -47,6 +47,9 @@ class Run:
     output: OutputLog = field(default_factory=OutputLog.nowhere, repr=False)
     """What any terminal can follow while the run lasts: `./cohort logs -f ID`."""
 
+    _checkpoint: Callable[[], object] = field(default=lambda: None, repr=False)
+    _version_to_commit: int | None = field(default=None, repr=False)
+
     def progress(self, done: float, total: float | None = None, unit: str = "") -> None:
         """Show how far the run is. Cheap to call often: reports are thinned out on the way."""
         self._report(Progress(done, total, unit))
@@ -55,3 +58,16 @@ class Run:
     def cancelled(self) -> bool:
         """True once somebody asked this run to end; what it does from then on is discarded."""
         return self._is_cancelled()
+
+    def checkpoint(self) -> None:
+        """Keep the directory as it is now for the next attempt of this task, on whichever node.
+
+        Nobody else sees it. If another run commits before that attempt begins, it starts from the
+        newest version instead. Costs what has changed since the last one. Without a key there is
+        no directory to be kept, and nothing happens.
+        """
+        self._checkpoint()
+
+    def commit_version(self, n: int) -> None:
+        """When the function returns, version n becomes the next one instead of the directory."""
+        self._version_to_commit = n

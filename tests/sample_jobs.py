@@ -135,3 +135,22 @@ def talk_and_fail(run: Run, name: str, times: int) -> None:
     run.log.info("attempt %d", run.attempt)
     if run.attempt <= times:
         raise ValueError(f"attempt {run.attempt} fails")
+
+
+@job(key="steps-kept-{name}", retries=2)
+def keep_steps(run: Run, name: str, started: str = "", go: str = "") -> list[str]:
+    """Does step after step, keeping each; the first attempt that isn't let go on ends after one."""
+    done = run.directory / "done"
+    before = done.read_text().split() if done.exists() else []
+    for step in ("one", "two", "three"):
+        if step in before:
+            continue
+        with done.open("a") as file:
+            file.write(f"{step} {run.attempt}\n")
+        run.checkpoint()
+        if started:
+            Path(started).touch()
+            wait_for_file(go)
+        elif run.attempt == 1:
+            raise ValueError("after one step")
+    return done.read_text().splitlines()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from tasks.command import command
 from tests import sample_jobs as jobs
 from tests.fleets import Producer, running_fleet, wait_for
+from tests.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -22,31 +21,9 @@ def producer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Producer]:
         yield running
 
 
-class Terminal:
-    def __init__(self, producer: Producer) -> None:
-        self._environ = producer.fleet.environ
-
-    def start(self, *words: str, **environ: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "deploy.cli", *words],
-            env={**self._environ, **environ},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def run(self, *words: str, **environ: str) -> tuple[int, bytes, str]:
-        process = self.start(*words, **environ)
-        try:
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        return process.returncode, out, err.decode()
-
-
 @pytest.fixture
 def terminal(producer: Producer) -> Terminal:
-    return Terminal(producer)
+    return Terminal(producer.fleet.environ)
 
 
 def submit(key: str, script: str, *options: str) -> list[str]:
