@@ -71,9 +71,9 @@ def examine(
             return  # the other side has nothing to look at
         late = Late(here, there)  # begun first: these take a client's cache time
     other = there or here
-    for how, what in _RACES.items():
-        yield _checked(what, partial(_exclusive, here, other, how, what))
-    yield _checked("close-to-open", partial(_close_to_open, here, other))
+    for how, what in RACED_FOR.items():
+        yield _checked(what, partial(exclusive, here, other, how, what))
+    yield _checked("close-to-open", partial(close_to_open, here, other))
     yield _checked("fsync", partial(_fsync, here, other))
     yield _checked("clock of the server", partial(_server_clock, here))
     if there is not None:
@@ -83,7 +83,7 @@ def examine(
         yield from late.findings(patience)
 
 
-_RACES = {
+RACED_FOR = {
     "link": "link-or-fail",
     "mkdir": "mkdir",
     "open": "create-or-fail (O_EXCL)",
@@ -98,7 +98,7 @@ def _checked(what: str, check: Callable[[], Finding]) -> Finding:
         return Finding(what, "dangerous", f"it failed: {error}", "see that every node may write")
 
 
-def _exclusive(here: Side, there: Side, how: str, what: str) -> Finding:
+def exclusive(here: Side, there: Side, how: str, what: str) -> Finding:
     prefix = f"race-{how}"
     names = [f"{prefix}-{n}" for n in range(RACES)]
     ours, theirs = race(here, there, how, names, every=0.004)
@@ -127,7 +127,7 @@ def _exclusive(here: Side, there: Side, how: str, what: str) -> Finding:
     )
 
 
-def _close_to_open(here: Side, there: Side) -> Finding:
+def close_to_open(here: Side, there: Side) -> Finding:
     stale = 0
     for n in range(10):
         writer, reader = (here, there) if n % 2 else (there, here)

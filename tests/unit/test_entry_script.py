@@ -309,7 +309,8 @@ def test_a_moved_project_is_set_up_anew(copy: Copy) -> None:
     ("words", "passed"),
     [
         ([], ["-n", "2", "--dist", "loadfile"]),
-        (["--long", "-x"], ["-n", "2", "--dist", "loadfile", "-m", "", "-x"]),
+        (["--long", "-x"], ["-n", "2", "--dist", "loadfile", "-m", "not vm", "-x"]),
+        (["--vm", "-x"], ["-m", "vm", "tests/vm", "-x"]),
         (["tests/unit", "-k", "a or b"], ["tests/unit", "-k", "a or b"]),
         (["-n0"], ["-n0"]),
     ],
