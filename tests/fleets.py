@@ -94,7 +94,7 @@ class Producer:
 
 @contextmanager
 def running_fleet(
-    home: Path, nodes: int, *, flower: bool = False, **settings: str
+    home: Path, nodes: int, *, cpus: int = 2, flower: bool = False, **settings: str
 ) -> Iterator[Producer]:
     """A fleet with short leases that knows the sample jobs."""
     crash = home / "crash"
@@ -106,7 +106,9 @@ def running_fleet(
         "COHORT_CRASH": str(crash),
         **settings,
     }
-    with Fleet(home / "fleet", nodes=nodes, environ=environ, grace=5.0, flower=flower) as fleet:
+    with Fleet(
+        home / "fleet", nodes=nodes, cpus=(cpus,), environ=environ, grace=5.0, flower=flower
+    ) as fleet:
         producer = Producer(fleet, crash)
         try:
             yield producer
