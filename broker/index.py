@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -24,12 +27,15 @@ from redis.exceptions import NoScriptError
 
 from broker import keys
 from broker.scripts import sha_of, source
+from errors import Unavailable
 
 BUCKETS = 1 << 16
 _ENTRY = struct.Struct("<IIIBI")
 _FIELD = 14
 _A_SCRIPT = 200
 """Entries that one script looks at, at most."""
+_A_STEP = 32
+"""Outcomes that one script announces, each to whoever waits for it."""
 _A_SWEEP = 8
 """Buckets of one sweep: with a million outcomes held, about 120 entries."""
 
@@ -48,14 +54,13 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class Announcement:
-    """A task's state on its way to who waits: `name` is Celery's key, `seconds` how long it stays
-    there. `final` is None for a state on the way, else (state, when it expires).
+    """A task's state on its way to who waits: `name` is Celery's key. `final` is None for a state
+    on the way, else (state, when it expires).
     """
 
     task_id: str
     name: str
     meta: bytes
-    seconds: float
     final: tuple[str, int] | None
 
 
@@ -73,12 +78,24 @@ def spot_of(task_id: str | bytes) -> tuple[int, bytes]:
     return digest[0] << 8 | digest[1], digest[2:]
 
 
-def packed(
-    task_id: str | bytes, offset: int, length: int, state: int, expires_ms: int
-) -> tuple[int, bytes]:
-    """The bucket of an outcome and its entry there, as `Index.load` takes them."""
-    bucket, field = spot_of(task_id)
-    return bucket, field + _ENTRY.pack(0, offset, length, state, (expires_ms + 999) // 1000)
+def _calls(
+    script: str, first: str, buckets: Iterable[tuple[str, Sequence[bytes]]]
+) -> Iterator[Sequence[Any]]:
+    """Commands for a script that takes buckets and their entries, of bounded size."""
+    names: list[str] = []
+    blobs: list[bytes] = []
+    room = _A_SCRIPT
+    for name, packed in buckets:
+        for at in range(0, len(packed), _A_SCRIPT):
+            some = packed[at : at + _A_SCRIPT]
+            if len(some) > room:
+                yield ["EVALSHA", script, 1 + len(names), keys.SEGMENTS, *names, first, *blobs]
+                names, blobs, room = [], [], _A_SCRIPT
+            names.append(name)
+            blobs.append(b"".join(some))
+            room -= len(some)
+    if names:
+        yield ["EVALSHA", script, 1 + len(names), keys.SEGMENTS, *names, first, *blobs]
 
 
 class Index:
@@ -96,6 +113,10 @@ class Index:
     @cached_property
     def _place(self) -> str:
         return sha_of(source("place"))
+
+    @cached_property
+    def _refill(self) -> str:
+        return sha_of(source("refill"))
 
     @cached_property
     def _sweep(self) -> str:
@@ -118,26 +139,32 @@ class Index:
             replies: list[Any] = pipeline.execute()
             return replies
 
-    def announce(self, announcements: Sequence[Announcement]) -> list[Standing]:
-        """Publish states; the first final outcome of a task stands."""
-        calls = []
-        for one in announcements:
+    def announce(self, announcements: Sequence[Announcement], seconds: float) -> list[Standing]:
+        """Publish states, for so many seconds; the first final outcome of a task stands."""
+        steps = [announcements[at : at + _A_STEP] for at in range(0, len(announcements), _A_STEP)]
+        replies = self._run("announce", [self._announcing(some, seconds) for some in steps])
+        words = [word for reply in replies for word in reply]
+        standings = []
+        for one, word in zip(announcements, words, strict=True):
+            if isinstance(word, list):
+                standings.append(Standing("adopt", word[0]))
+            else:
+                standings.append(Standing("kept" if word == b"kept" else "announced", one.meta))
+        return standings
+
+    def _announcing(self, some: Sequence[Announcement], seconds: float) -> Sequence[Any]:
+        names, buckets, arguments = [], [], []
+        for one in some:
             bucket, field = spot_of(one.task_id)
-            tentative = b""
+            names.append(one.name)
+            buckets.append(keys.outcomes(bucket))
+            entry = b""
             if one.final is not None:
                 state, expires = one.final
-                tentative = _ENTRY.pack(0, 0, 0, STATES[state], expires)
-            calls.append(
-                (
-                    *("EVALSHA", self._announce, 2, one.name, keys.outcomes(bucket)),
-                    *(one.meta, int(one.seconds * 1000), field, tentative),
-                )
-            )
-        standings = []
-        for one, reply in zip(announcements, self._run("announce", calls), strict=True):
-            word = reply[0].decode()
-            standings.append(Standing(word, reply[1] if word == "adopt" else one.meta))
-        return standings
+                entry = _ENTRY.pack(0, 0, 0, STATES[state], expires)
+            arguments += [one.meta, field, entry]
+        size, lives = len(some), int(seconds * 1000)
+        return ["EVALSHA", self._announce, 2 * size, *names, *buckets, size, lives, *arguments]
 
     def place(
         self, segment: str, entries: Iterable[tuple[str | bytes, int, int, str | int, int]]
@@ -149,35 +176,12 @@ class Index:
             code = STATES[state] if isinstance(state, str) else state
             packed = field + _ENTRY.pack(0, offset, length, code, expires)
             buckets.setdefault(bucket, []).append(packed)
-        return sum(self.load(segment, buckets))
-
-    def load(self, segment: str, buckets: Mapping[int, Sequence[bytes]]) -> Iterator[int]:
-        """`place` for what is packed already, some buckets at a time."""
-        calls = list(self._loading(segment, buckets))
-        for at in range(0, len(calls), 500):
-            yield sum(self._run("place", calls[at : at + 500]))
-
-    def _loading(
-        self, segment: str, buckets: Mapping[int, Sequence[bytes]]
-    ) -> Iterator[Sequence[Any]]:
-        names: list[str] = []
-        blobs: list[bytes] = []
-        room = _A_SCRIPT
-
-        def call() -> Sequence[Any]:
-            return ["EVALSHA", self._place, 1 + len(names), keys.SEGMENTS, *names, segment, *blobs]
-
-        for bucket, packed in buckets.items():
-            for at in range(0, len(packed), _A_SCRIPT):
-                some = packed[at : at + _A_SCRIPT]
-                if len(some) > room:
-                    yield call()
-                    names, blobs, room = [], [], _A_SCRIPT
-                names.append(keys.outcomes(bucket))
-                blobs.append(b"".join(some))
-                room -= len(some)
-        if names:
-            yield call()
+        named = ((keys.outcomes(bucket), packed) for bucket, packed in buckets.items())
+        calls = list(_calls(self._place, segment, named))
+        placed = 0
+        for at in range(0, len(calls), 100):
+            placed += sum(self._run("place", calls[at : at + 100]))
+        return placed
 
     def find(self, task_id: str) -> Placed | None:
         """Where a task's final outcome lies, if there is one that hasn't expired."""
@@ -228,6 +232,14 @@ class Index:
         if number is not None:
             self.client.hdel(keys.SEGMENTS, f"s{segment}", f"n{number.decode()}")
 
+    def fill(self) -> Filling:
+        """Begin to put in what was found on disk."""
+        return Filling(self)
+
+    def is_filled(self) -> bool:
+        """Whether a filling has come to its end since this Redis was last empty."""
+        return bool(self.client.hexists(keys.SEGMENTS, "filled"))
+
     def sweep(self) -> Iterator[int]:
         """Take out what has expired, in bounded steps: how many went with each."""
         buckets = iter(range(BUCKETS))
@@ -255,3 +267,82 @@ class Index:
     def now_known(self, generation: str) -> None:
         """This Redis has been filled from the shared folder."""
         self.client.set(keys.GENERATION, generation)
+
+
+class Filling:
+    """Puts many outcomes into the index at once: a million in seconds.
+
+    Entries are gathered, so that a bucket is sent with all that it gets, and sent from a thread
+    while the next ones are read. `Unavailable` if Redis is emptied meanwhile: begin anew.
+    """
+
+    _AT_ONCE = 1_000_000
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._token = uuid.uuid4().hex
+        index.client.hset(keys.SEGMENTS, "filling", self._token)
+        index.client.script_load(source("refill"))
+        self._buckets: defaultdict[bytes, list[bytes]] = defaultdict(list)
+        self._gathered = 0
+        self._sender = ThreadPoolExecutor(1, "cohort-fill")
+        self._sent: deque[Future[int]] = deque()
+        self.placed = 0
+        """How many were new to Redis, of those that have been sent."""
+
+    def add(self, segment: str, found: Iterable[tuple[bytes, int, int, int, int]]) -> int:
+        """The outcomes of one segment: (id, offset, length, state, expires in ms). How many."""
+        number = self._number_of(segment)
+        buckets, digest_of, pack = self._buckets, hashlib.blake2b, _ENTRY.pack
+        count = 0
+        for task_id, offset, length, state, expires_ms in found:
+            digest = digest_of(task_id, digest_size=16).digest()
+            buckets[digest[:2]].append(
+                digest[2:] + pack(number, offset, length, state, (expires_ms + 999) // 1000)
+            )
+            count += 1
+        self._gathered += count
+        if self._gathered >= self._AT_ONCE:
+            self._send()
+        return count
+
+    def end(self) -> None:
+        """Send what is left and wait until all of it is there."""
+        try:
+            self._send()
+            self._settle(0)
+        finally:
+            self._sender.shutdown(cancel_futures=True)
+        self._index.client.hset(keys.SEGMENTS, "filled", self._token)
+
+    def _send(self) -> None:
+        named = (
+            (keys.outcomes(int.from_bytes(bucket)), packed)
+            for bucket, packed in self._buckets.items()
+        )
+        calls = _calls(self._index._refill, self._token, named)
+        while some := list(islice(calls, 50)):
+            self._sent.append(self._sender.submit(self._tell, some))
+            self._settle(20)
+        self._buckets.clear()
+        self._gathered = 0
+
+    def _settle(self, most: int) -> None:
+        """Wait until no more than so many steps are under way."""
+        while len(self._sent) > most:
+            self.placed += self._sent.popleft().result()
+
+    def _tell(self, calls: Sequence[Sequence[Any]]) -> int:
+        replies = self._index._run("refill", calls)
+        if -1 in replies:
+            raise Unavailable("Redis was emptied while it was being filled")
+        return sum(replies)
+
+    def _number_of(self, segment: str) -> int:
+        # By the script that numbers them, so that two who fill give one segment one number.
+        index = self._index
+        index._run("place", [["EVALSHA", index._place, 1, keys.SEGMENTS, segment]])
+        number = index.client.hget(keys.SEGMENTS, f"s{segment}")
+        if number is None:
+            raise Unavailable("Redis was emptied while it was being filled")
+        return int(number)

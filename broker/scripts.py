@@ -253,7 +253,7 @@ class Scripts:
         self, name: str, meta: bytes | str, expires: float | None
     ) -> Literal["announced", "kept"]:
         """Publish a task's state under a key, unless a final one stands there."""
-        reply = self._announce(keys=[name], args=[meta, int((expires or 0) * 1000)])
+        reply = self._announce(keys=[name], args=[1, int((expires or 0) * 1000), meta])
         return "announced" if reply[0] == b"announced" else "kept"
 
 

@@ -36,7 +36,6 @@ class Recovery:
         self._keep = keep
         self._leadership = Leadership(scripts, "recovery", lease)
         self._empty_since: float | None = None
-        self._reindexed = False
         self._cleaned = time.monotonic()
 
     def run_once(self) -> None:
@@ -45,7 +44,7 @@ class Recovery:
         if generation is None:
             self._refill()
             return
-        self._empty_since, self._reindexed = None, False
+        self._empty_since = None
         survivors = set(json.loads(generation)["survivors"])
         if survivors and self._leadership.campaign():
             gone = survivors - self._lives()
@@ -59,13 +58,12 @@ class Recovery:
     def _refill(self) -> None:
         now = time.monotonic()
         if self._empty_since is None:
-            self._empty_since, self._reindexed = now, False
+            self._empty_since = now
         if not self._leadership.campaign():
             return
-        if not self._reindexed:
+        if not self._index.is_filled():
             report = reindex(self._root, self._index, self._lead_on)
             self._index.refilled()
-            self._reindexed = True
             if report.outcomes:
                 logger.warning(
                     "Redis was empty: %d outcomes are known again, after %.1f s",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from broker import journal, nodes
-from broker.index import Index, packed
+from broker.index import Index
 from broker.journal import Note
 from broker.scripts import Scripts
 from errors import Damaged
@@ -38,7 +38,6 @@ class Read:
     """What was read. Damaged and torn segments were read up to where that shows."""
 
     segments: int = 0
-    entries: int = 0
     torn: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
 
@@ -69,18 +68,18 @@ def reindex(root: Path, index: Index, progress: Progress = lambda done, total: N
     now_ms = index.now_ms()
     paths = _newest_first(root)
     total, done = sum(size for _, size in paths), 0
+    filling = index.fill()
     for path, size in paths:
-        buckets: dict[int, list[bytes]] = {}
-        for kind, name, expires_ms, offset, length, letter in _scanned(path, report):
-            if kind in _OUTCOMES and not 0 < expires_ms < now_ms:
-                bucket, entry = packed(name, offset, length, CODES[letter], expires_ms)
-                buckets.setdefault(bucket, []).append(entry)
-                report.outcomes += 1
-        for placed in index.load(segments.name_of(path), buckets):
-            report.placed += placed
-            progress(done, total)
+        found = (
+            (name, offset, length, CODES[letter], expires_ms)
+            for kind, name, expires_ms, offset, length, letter in _scanned(path, report)
+            if kind in _OUTCOMES and not 0 < expires_ms < now_ms
+        )
+        report.outcomes += filling.add(segments.name_of(path), found)
         done += size
         progress(done, total)
+    filling.end()
+    report.placed = filling.placed
     report.seconds = time.monotonic() - begun
     return report
 
@@ -184,9 +183,7 @@ def _scanned(path: Path, report: Read) -> Iterator[segments.Found]:
     segment = segments.read(path)
     report.segments += 1
     try:
-        for found in segment.scan():
-            report.entries += 1
-            yield found
+        yield from segment.scan()
     except Damaged as error:
         report.damaged.append(str(error))
     if segment.torn_at is not None:

@@ -166,11 +166,11 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
                     outcome.task_id,
                     outcome.name,
                     outcome.pushed,
-                    seconds,
                     (outcome.state, _seconds(outcome.ends_at_ms)) if outcome.is_final else None,
                 )
                 for outcome in outcomes
-            ]
+            ],
+            seconds,
         )
         to_write = []
         for outcome, standing in zip(outcomes, standings, strict=True):

@@ -33,8 +33,22 @@ def announce(
     index: Index, state: str, number: int = 0, *, seconds: float = 60, expires: int = LATER
 ) -> Standing:
     final = (state, expires) if state in ("SUCCESS", "FAILURE", "REVOKED") else None
-    about = Announcement("t", "celery-task-meta-t", meta(state, number), seconds, final)
-    return index.announce([about])[0]
+    about = Announcement("t", "celery-task-meta-t", meta(state, number), final)
+    return index.announce([about], seconds)[0]
+
+
+def test_many_are_announced_each_on_its_own(index: Index) -> None:
+    def some(number: int) -> list[Announcement]:
+        return [
+            Announcement(str(n), f"celery-task-meta-{n}", meta("SUCCESS", number), final)
+            for n in range(100)
+            for final in [("SUCCESS", LATER)]
+        ]
+
+    assert [s.word for s in index.announce(some(1)[::2], 60)] == ["announced"] * 50
+    index.place("node/start-1", [(str(n), 1, 1, "SUCCESS", LATER) for n in range(0, 100, 4)])
+    words = [standing.word for standing in index.announce(some(2), 60)]
+    assert words == ["kept", "announced", "adopt", "announced"] * 25
 
 
 def test_the_first_final_outcome_stands_before_and_after_it_is_on_disk(index: Index) -> None:
