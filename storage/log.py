@@ -27,6 +27,7 @@ from storage import durable, sealed
 
 FORMAT = 1
 A_BUCKET = 1000  # records in one directory
+A_FEW = 64  # so many records behind the head a hint is still of use
 # How long an unknown outcome of the link is looked into before this process gives up knowing it.
 PAUSES = (0.0, 0.02, 0.1, 0.5, 2.0, 5.0)
 NO_POINT_IN_WAITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -91,10 +92,29 @@ class Log:
     def head(self, hint: int = 0) -> Record | None:
         """The highest record, or None while there is none.
 
-        Only buckets from the hint's on are listed; a hint that is wrong costs or saves a listing.
+        From a record that the hint names rightly the log is read forward; otherwise it is listed.
         The answer may be old by the time it is used, and on NFS from the start: the commit on top
         of it is then fenced.
         """
+        return self._head_from(hint) or self._head_by_listing(hint)
+
+    def _head_from(self, hint: int) -> Record | None:
+        """Read forward from the hint's record; None if that doesn't lead to the head."""
+        n = hint
+        while n > 0 and os.path.lexists(self.path(n)):
+            if n > hint + A_FEW:
+                return None
+            n += 1
+        if n <= max(hint, 0):
+            return None
+        # What a look-up didn't show may be there: an NFS client repeats what it once heard.
+        head = self.read(n - 1)
+        while following := self.find(head.n + 1):
+            head = following
+        # A gap, or others commit just now: the listing tells which.
+        return None if os.path.lexists(self.path(head.n + 2)) else head
+
+    def _head_by_listing(self, hint: int) -> Record | None:
         buckets = self._numbers(self.folder, "directories of 1000 records", os.DirEntry.is_dir)
         first = hint // A_BUCKET if hint // A_BUCKET in buckets else 0
         found: set[int] = set()
@@ -102,7 +122,7 @@ class Log:
             if bucket >= first:
                 found |= self._records_in(bucket)
         if not found and first > 0:
-            return self.head()
+            return self._head_by_listing(0)
         highest = max(found, default=0)
         for n in range(max(1, first * A_BUCKET), highest):
             # A listing made while others link may miss a name that was there: ask for it.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from storage import durable
 from storage.directory import Directory, Version
 from storage.log import Record
 from storage.worktree import WorkTree
@@ -70,3 +74,33 @@ def files_below(root: Path) -> dict[str, bytes]:
         for folder, _, names in os.walk(root)
         for name in names
     }
+
+
+def changing_calls(work: Callable[[], object], root: Path) -> list[str]:
+    """The system calls below `root` that change something or read contents; not look-ups."""
+    calls: list[str] = []
+
+    def below(path: Any) -> bool:
+        name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)
+        return str(name).startswith(str(root))
+
+    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if below(args[0]) and not (name == "open" and not args[1] & os.O_CREAT):
+                is_folder = name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}")
+                calls.append("fsyncdir" if is_folder else name)
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "read", "pread", "write", "fsync", "link", "mkdir", "rename"):
+            patch.setattr(os, name, noting(name, getattr(os, name)))
+
+        def new_file(path: Path, mode: str) -> FileIO:
+            calls.append("create")
+            return FileIO(path, mode)
+
+        patch.setattr(durable, "FileIO", new_file)
+        work()
+    return calls

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from io import FileIO
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from storage import durable
 from storage.directory import Directory, conclude_for
 from storage.log import Record
 from storage.worktree import WorkTree
-from tests.storage_kit import Crash, both, contents, files_below, run, write
+from tests.storage_kit import Crash, both, changing_calls, contents, files_below, run, write
 
 
 @pytest.fixture
@@ -103,6 +103,30 @@ def test_a_wrong_hint_is_harmless(hint: bytes | None, root: Path, scratch: Path)
         (root / "jobs/k/HEAD").write_bytes(hint)
     assert Directory.open(root, "k").head().n == 2
     assert run(root, scratch, "t3", nothing).n == 3
+
+
+@pytest.mark.parametrize("n", [16, 17, 18, 19])
+def test_a_record_that_is_missing_behind_the_hint_is_reported(
+    n: int, root: Path, scratch: Path
+) -> None:
+    for number in range(1, 21):
+        run(root, scratch, f"t{number}", nothing)
+    directory = Directory.open(root, "k")
+    assert ((root / "jobs/k/HEAD").read_text(), directory.head().n) == ("16\n", 20)
+    directory.log.path(n).unlink()
+    with pytest.raises(Damaged, match=f"log/0/{n}: missing, although record 20 exists"):
+        directory.head()
+
+
+def test_a_hint_far_behind_is_harmless(root: Path, scratch: Path) -> None:
+    run(root, scratch, "t1", nothing)
+    record = Directory.open(root, "k").head().record
+    assert record is not None
+    for n in range(2, 1100):
+        path = Directory.open(root, "k").log.path(n)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(replace(record, n=n, base=n - 1, task_id=f"x{n}").encode())
+    assert Directory.open(root, "k").head().n == 1099
 
 
 def test_a_hint_that_can_t_be_written_is_harmless(root: Path, scratch: Path) -> None:
@@ -256,36 +280,6 @@ def test_a_conclusion_that_found_no_room_can_be_tried_again(
 
 
 # What a commit costs on the shared file system.
-
-
-def changing_calls(work: Callable[[], object], root: Path) -> list[str]:
-    """The system calls below `root` that change something or read contents; not look-ups."""
-    calls: list[str] = []
-
-    def below(path: object, dir_fd: int | None = None) -> bool:
-        name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)  # type: ignore[call-overload]
-        return str(name).startswith(str(root))
-
-    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if below(args[0]) and not (name == "open" and not args[1] & os.O_CREAT):
-                is_folder = name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}")
-                calls.append("fsyncdir" if is_folder else name)
-            return real(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("open", "read", "pread", "write", "fsync", "link", "mkdir", "rename"):
-            patch.setattr(os, name, noting(name, getattr(os, name)))
-
-        def new_file(path: Path, mode: str) -> FileIO:
-            calls.append("create")
-            return FileIO(path, mode)
-
-        patch.setattr(durable, "FileIO", new_file)
-        work()
-    return calls
 
 
 @pytest.mark.parametrize(("files", "k"), [(10, 1), (10, 3), (2000, 1), (2000, 3), (2000, 40)])
