@@ -57,10 +57,13 @@ class TwoNodes:
         assert record is not None and record.task_id == result.id
         assert record.node == node
         self.hold_one()
-        reader = LogReader(self.producer.fleet.root, result.id)
-        said = b"".join(data for _, data in reader.news()).decode(errors="replace")
+        said = self.said(result)
         assert not isinstance(outcome, CommandFailed), said
         return said
+
+    def said(self, result: AsyncResult) -> str:
+        reader = LogReader(self.producer.fleet.root, result.id)
+        return b"".join(data for _, data in reader.news()).decode(errors="replace")
 
     def sh(self, key: str, script: str) -> str:
         return self.run(key, "sh", "-ec", script)
@@ -245,6 +248,8 @@ def test_a_node_killed_in_the_middle_leaves_the_directory_exact(
     doomed = nodes.free_node
     result = command.delay(["sh", "-c", havoc, PICTURE], key=key)
     wait_for(begun.exists, "the run to make havoc")
+    # What it wrote in its last fifth of a second may die with a node.
+    wait_for(lambda: nodes.said(result) == before, "its picture to be in the log")
     fleet.node(doomed).kill()
     nodes.let_go()  # The other node takes over.
     wait_for(lambda: len(begun.read_text().split()) == 2, "the second attempt")
@@ -252,8 +257,7 @@ def test_a_node_killed_in_the_middle_leaves_the_directory_exact(
     error = nodes.producer.end_of(result)
     assert isinstance(error, CommandFailed)
     assert error.outcome["exit_status"] == 3
-    found = [data.decode() for _, data in LogReader(fleet.root, result.id).news()]
-    assert found == [before, before]
+    assert nodes.said(result) == before + before
     # Each node in turn: the one that failed, and the one that was killed.
     fleet.start_node(doomed)
     nodes.hold_one()
