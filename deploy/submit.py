@@ -172,9 +172,11 @@ def summary_of(outcome: dict[str, Any]) -> str:
     if outcome["signal"] is not None:
         how = f"ended by {outcome['signal']}"
     cpu = outcome["user_seconds"] + outcome["system_seconds"]
+    left_out = [f"{entry['what']} of {entry['path']}" for entry in outcome.get("left_out", ())]
     return (
         f"{how} after {outcome['elapsed']:.1f} s, {cpu:.1f} s of CPU, "
         f"{outcome['most_memory'] / 2**20:.0f} MiB of memory"
+        + (f"; left out: {', '.join(left_out)}" if left_out else "")
     )
 
 

@@ -59,12 +59,14 @@ class Attempt:
     ) -> Record:
         """Make the tree the next version, and `result` (JSON) the task's outcome: SUCCESS.
 
+        A function as `result` is called with what was left out, and returns the result.
         Returns the record that decides the task: this one, or another claim's that came first.
         `Fenced`: another task committed on the base; this run has no outcome.
         `Refused`: the tree changed meanwhile, or the result isn't JSON; `OverQuota`: it holds more
         than `quota` bytes. Nothing was committed.
         """
-        sealed.to_json(result)
+        if not callable(result):
+            sealed.to_json(result)
         if tree.version_n != self.base.n:
             raise Refused(f"{tree.path} holds version {tree.version_n}, not {self.base.n}")
         if self._stored:
@@ -72,7 +74,8 @@ class Attempt:
         self._stored = True
         stored, changes = self.store(tree, self.folder, quota)
         self.left_out = changes.left_out
-        record = self.record("SUCCESS", stored.reference, result, attempt, node)
+        told = result(changes.left_out) if callable(result) else result
+        record = self.record("SUCCESS", stored.reference, told, attempt, node)
         if record.claim_id == self.claim_id and record.n == self.base.n + 1:
             tree.accept(stored, record.n, changes)
         return record

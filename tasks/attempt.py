@@ -7,6 +7,7 @@ that one again, and its function isn't called.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -111,6 +112,8 @@ def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, An
 
 def _commit(task: JobTask, run: Run, mine: Attempt, tree: WorkTree, result: Any) -> Record:
     attempt, node = _attempt_number(task), current().node
+    if run._complete is not None:
+        result = functools.partial(run._complete, result)
     if run._version_to_commit is None:
         return mine.commit(tree, result, attempt=attempt, node=node)
     old = mine.directory.version(run._version_to_commit)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import CohortError, Refused
+from storage.manifest import LeftOut
 from tasks.job import JobTask, job
 from tasks.program import Ended, Program
 from tasks.run import Run
@@ -75,7 +76,8 @@ def command(
     """Run the program `argv[0]` with the arguments `argv[1:]`; no shell is involved.
 
     Returns exit_status (0), signal (None), elapsed, user_seconds, system_seconds, most_memory
-    (bytes), last_lines, and log, a path on the shared folder. Raises `CommandFailed`, whose
+    (bytes), last_lines, log, a path on the shared folder, and left_out: what of the directory a
+    version can't hold, each with its path and what it is. Raises `CommandFailed`, whose
     `outcome` holds the same, or `Refused` for a program that can't be started. `env` is added to
     the worker's environment. Time limits are Celery's: `apply_async(..., soft_time_limit=60)`
     ends it in good order, by SIGTERM.
@@ -96,7 +98,19 @@ def command(
     if not ended.is_success:
         said = f"; its last line: {last.lines[-1]}" if last.lines else ""
         raise CommandFailed(f"{argv[0]}: {ended}{said}", outcome)
+    run._complete = _with_left_out
     return outcome
+
+
+def _with_left_out(outcome: dict[str, Any], left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    return {
+        **outcome,
+        "left_out": [
+            # A name in any bytes; what isn't UTF-8 shows as escapes.
+            {"path": os.fsencode(path).decode("utf-8", "backslashreplace"), "what": what}
+            for path, what in left_out
+        ],
+    }
 
 
 def _pass_on(program: Program, run: Run, last: _LastLines) -> None:

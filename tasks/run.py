@@ -6,13 +6,15 @@ leaves there becomes the next version when the function returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from logging import Logger
 from pathlib import Path
+from typing import Any
 
 from storage.logs import OutputLog
+from storage.manifest import LeftOut
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Run:
     """What any terminal can follow while the run lasts: `./cohort logs -f ID`."""
 
     _checkpoint: Callable[[], object] = field(default=lambda: None, repr=False)
+    _complete: Callable[[Any, Sequence[LeftOut]], Any] | None = field(default=None, repr=False)
+    """Makes the result of what the function returned and what the commit left out."""
     _version_to_commit: int | None = field(default=None, repr=False)
 
     def progress(self, done: float, total: float | None = None, unit: str = "") -> None:

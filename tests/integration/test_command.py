@@ -187,7 +187,12 @@ def test_what_a_version_can_t_hold_is_left_out_and_named(
 ) -> None:
     script = "mkfifo pipe; touch plain suid; chmod 4755 suid"
     result = command.delay(["sh", "-c", script], key="odd")
-    result.get(timeout=30)
+    assert result.get(timeout=30)["left_out"] == [
+        {"path": "pipe", "what": "FIFO"},
+        {"path": "suid", "what": "set-uid bit"},
+    ]
+    record = Directory.open(producer.fleet.root, "odd").head().record
+    assert record is not None and record.result == result.result
     assert set(producer.files_of("odd", tmp_path)) == {"plain", "suid"}
     told = said(producer, result.id).decode()
     assert "left out of the directory: FIFO of 'pipe'" in told
