@@ -274,7 +274,13 @@ def _run(
         _report=report,
         _is_cancelled=cancelled.is_set,
         output=output,
+        _give_back=lambda: _hand_over(task),
     )
+
+
+def _hand_over(task: JobTask) -> NoReturn:
+    logger.info("%s[%s] goes back: handed over", task.name, task.request.id)
+    raise GoesBack("handed over")
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from logging import Logger
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from errors import Refused
 from storage.logs import OutputLog
 from storage.manifest import LeftOut
+from tasks.leaving import is_leaving
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Progress:
     done: float
     total: float | None
     unit: str
+
+
+def _cannot() -> NoReturn:
+    raise Refused("this run came from no queue: there is nobody to hand it over to")
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Run:
     output: OutputLog = field(default_factory=OutputLog.nowhere, repr=False)
     """What any terminal can follow while the run lasts: `./cohort logs -f ID`."""
 
+    _give_back: Callable[[], NoReturn] = field(default=_cannot, repr=False)
     _checkpoint: Callable[[], object] = field(default=lambda: None, repr=False)
     _complete: Callable[[Any, Sequence[LeftOut]], Any] | None = field(default=None, repr=False)
     """Makes the result of what the function returned and what the commit left out."""
@@ -71,6 +78,17 @@ class Run:
         no directory to be kept, and nothing happens.
         """
         self._checkpoint()
+
+    @property
+    def leaving(self) -> bool:
+        """True once this run's node was asked to end. Whoever asked may not wait for long."""
+        return is_leaving()
+
+    def hand_over(self) -> NoReturn:
+        """End this attempt here, without an outcome: another node takes the task, at no cost to
+        its retries, and goes on from the last checkpoint.
+        """
+        self._give_back()
 
     def commit_version(self, n: int) -> None:
         """When the function returns, version n becomes the next one instead of the directory."""

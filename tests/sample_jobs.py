@@ -154,3 +154,17 @@ def keep_steps(run: Run, name: str, started: str = "", go: str = "") -> list[str
         elif run.attempt == 1:
             raise ValueError("after one step")
     return done.read_text().splitlines()
+
+
+@job(key="polite-{name}")
+def leave_politely(run: Run, name: str, started: str) -> list[str]:
+    """Works until its node is asked to end; keeps what it has, and lets another go on."""
+    done = run.directory / "done"
+    if not done.exists():
+        done.write_text(run.node)
+        Path(started).touch()
+        while not run.leaving:
+            time.sleep(0.02)
+        run.checkpoint()
+        run.hand_over()
+    return [*done.read_text().split(), run.node, str(run.attempt)]

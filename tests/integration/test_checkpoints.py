@@ -36,3 +36,20 @@ def test_another_node_goes_on_from_a_killed_node_s_checkpoint(
 
 def test_a_retry_goes_on_too(producer: Producer) -> None:
     assert jobs.keep_steps.delay("retry").get(timeout=30) == ["one 1", "two 2", "three 2"]
+
+
+def test_a_node_that_is_asked_to_end_leaves_time_for_one(
+    producer: Producer, tmp_path: Path
+) -> None:
+    """Nothing is lost, no delivery is counted, and the node is gone before the job has ended."""
+    started = tmp_path / "started"
+    result = jobs.leave_politely.delay("drain", str(started))
+    wait_for(started.exists, "the run")
+    (busy,) = [info.node for info in list_nodes(producer.client) if info.running]
+    producer.fleet.node(busy).terminate()
+    before, after, attempt = result.get(timeout=30)
+    assert before == busy != after
+    assert attempt == "1"
+    assert producer.fleet.node(busy).wait(30) == 0
+    producer.fleet.start_node(busy)
+    assert producer.states_of("polite-drain") == [(result.id, "SUCCESS")]
