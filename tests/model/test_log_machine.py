@@ -126,7 +126,7 @@ class JobDirectory(RuleBasedStateMachine):
             opened.files,
             accident,
         )
-        opened.tree.remove()
+        opened.tree.release()
 
     @precondition(lambda self: self.open)
     @rule(accident=ACCIDENTS, data=st.data())
@@ -140,7 +140,7 @@ class JobDirectory(RuleBasedStateMachine):
             self.versions[attempt.base.n],
             accident,
         )
-        opened.tree.remove()
+        opened.tree.release()
 
     @rule(task=TASKS, accident=ACCIDENTS)
     def conclude_for_a_dead_child(self, task: str, accident: tuple[str, str]) -> None:
@@ -243,7 +243,7 @@ class JobDirectory(RuleBasedStateMachine):
         opened = self._opened(other, self.directory.head())
         (opened.tree.path / "shared").write_text(other)
         opened.attempt.commit(opened.tree, None, attempt=1, node="n")
-        opened.tree.remove()
+        opened.tree.release()
         self.versions.append({**self.versions[-1], "shared": other.encode()})
         self.winners.append(other)
 
