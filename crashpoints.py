@@ -29,6 +29,7 @@ POINTS: frozenset[str] = frozenset(
         "commit:head-written",
         # the writer, in the main process
         "writer:before-segment",
+        "writer:after-announce",
         "writer:after-segment",
         "writer:after-finish",
     }

@@ -230,11 +230,11 @@ def bench_get(home: Path, redis: RedisServer, rounds: int) -> None:
         for _ in range(rounds):
             figures["stock"].append(p50(stock, theirs))
             figures["lately"].append(p50(ours, ids))
-            for name in mine:
-                client.delete(name)
+            for key in mine:
+                client.delete(key)
             figures["long ago"].append(p50(ours, ids))
-            for name in mine:
-                client.set(name, held[name])
+            for key in mine:
+                client.set(key, held[key])
     for name, taken in figures.items():
         print(shown(f"get: {name}", taken, "us p50"))
     middle = {name: statistics.median(taken) for name, taken in figures.items()}

@@ -200,6 +200,7 @@ class Writer:
             # What is too large to be pushed is pushed as a reference, which must lead somewhere.
             batch.outcomes = self._with_files(batch.outcomes, PUSHED_UP_TO)
             batch.standing = self._results.announce(batch.outcomes) if batch.outcomes else []
+            reach("writer:after-announce")
         if batch.places is None:
             batch.standing = self._with_files(batch.standing, 0)
             entries = [outcome.entry() for outcome in batch.standing]

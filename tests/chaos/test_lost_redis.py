@@ -86,6 +86,28 @@ def test_durable_jobs_come_back_and_run_once(producer: Producer, tmp_path: Path)
     assert len(list((tmp_path / "traces").iterdir())) == 1
 
 
+def test_durable_jobs_that_ended_in_other_ways_stay_ended(
+    producer: Producer, tmp_path: Path
+) -> None:
+    recovered(producer)
+    tried_again = jobs.fail.apply_async(("durable", 1), durable=True)
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    jobs.keyless_once.apply_async((str(traces),), durable=True, ignore_result=True)
+    ignored = jobs.ignored.apply_async(durable=True)
+    assert tried_again.get(timeout=30) == 2
+    wait_for(lambda: len(list(traces.iterdir())) == 1, "the one without a result")
+    wait_for(producer.is_quiet, "all of them to end")
+    producer.client.flushall()
+    recovered(producer)
+    # Whatever had come back would run before this.
+    assert jobs.add.delay(1, 1).get(timeout=30) == 2
+    wait_for(producer.is_quiet, "nothing to be left")
+    assert len(list(traces.iterdir())) == 1
+    assert producer.states_of("fail-durable") == [(tried_again.id, "SUCCESS")]
+    assert ignored.state == "PENDING"
+
+
 def test_a_job_that_ran_comes_back_when_its_node_is_lost_as_well(
     producer: Producer, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from broker import keys
 from broker.index import Announcement, Index, Standing
+from errors import Unavailable
 from tests.fleets import wait_for
 from tests.redis_server import RedisServer
 
@@ -132,6 +133,18 @@ def test_an_outcome_held_takes_less_than_150_bytes(index: Index) -> None:
     used = (index.client.info("memory")["used_memory"] - before) / count
     assert used < 150, used
     assert index.client.object("encoding", keys.outcomes(0)) == b"listpack"
+
+
+def test_a_filling_that_lost_its_redis_says_so(index: Index, redis_server: RedisServer) -> None:
+    filling = index.fill()
+    filling.add("a/s-1", [(b"t", 17, 300, 1, 0)])
+    redis_server.wipe()
+    index.place("b/s-1", [("u", 1, 1, "SUCCESS", NEVER)])
+    # The number that the entry has would be another segment's now.
+    with pytest.raises(Unavailable, match="emptied"):
+        filling.end()
+    assert index.find("t") is None
+    assert not index.is_filled()
 
 
 def test_it_knows_whether_it_was_filled(index: Index, redis_server: RedisServer) -> None:

@@ -16,7 +16,7 @@ from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult, GroupResult
 
-from errors import Unavailable
+from errors import Damaged, Unavailable
 from storage.directory import Directory
 from storage.segments import SegmentWriter, list_segments, read
 from tasks import results
@@ -197,6 +197,32 @@ def test_a_large_outcome_has_a_file_of_its_own(world: World, size: int) -> None:
         assert client.info("memory")["used_memory"] < 2_900_000 + min(size, 1 << 20)
 
 
+def test_a_large_outcome_that_changed_is_not_believed(world: World) -> None:
+    world.ends("n", lambda b: b.mark_as_done("t", "x" * 200_000, request=request("t")))
+    world.cool()
+    (path,) = (world.root / "segments/n/large").iterdir()
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Damaged, match="large/life-1: length or checksum"):
+        world.app(world.root).AsyncResult("t").get(timeout=5)
+
+
+def test_a_reader_notices_that_segments_have_new_numbers(world: World) -> None:
+    for name in ("a", "b"):
+        world.ends(name, lambda b, name=name: b.mark_as_done(name, name, request=request(name)))  # type: ignore[misc]
+    world.cool()
+    app = world.app(world.root)
+    assert [app.AsyncResult(name).get(timeout=5) for name in ("a", "b")] == ["a", "b"]
+    world.redis.wipe()
+    for name in ("b", "a"):  # the other way round
+        (path,) = [path for path in list_segments(world.root) if path.parent.name == name]
+        ((_, _, _, offset, length, _),) = read(path).scan()
+        app.backend.index.place(f"{name}/life-1", [(name, offset, length, "SUCCESS", 0)])
+    app.backend._cache.clear()
+    assert [app.AsyncResult(name).get(timeout=5) for name in ("a", "b")] == ["a", "b"]
+
+
 def test_waiting_is_pushed_also_when_nobody_had_subscribed_at_first(world: World) -> None:
     app = world.app(world.root)
     with world.node("n") as (backend, writer):
@@ -317,7 +343,7 @@ def test_a_wrong_entry_is_reported_not_believed(world: World) -> None:
     data[-10] ^= 1
     path.write_bytes(data)
     world.cool()
-    with pytest.raises(Exception, match="no whole entry at byte 17"):
+    with pytest.raises(Damaged, match="no whole entry at byte 17"):
         world.app(world.root).AsyncResult("t").get(timeout=5)
     os.unlink(path)
     assert world.app(world.root).AsyncResult("t").state == "PENDING"

@@ -1,0 +1,167 @@
+"""The node's writer: what is written when, and what a failing disk or Redis may not change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import Unavailable
+from storage import segments
+from storage.segments import Entry, Place, SegmentWriter
+from tasks.outcomes import Outcome
+from tests.fleets import wait_for
+from workers import writer as writers
+from workers.writer import Writer
+
+
+class Log:
+    """Stands for Redis: what the writer said to it, in order; it may refuse for a while."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.refusals: dict[str, int] = {}
+
+    def say(self, what: str) -> None:
+        word = what.partition(" ")[0]
+        if self.refusals.get(word, 0) > 0:
+            self.refusals[word] -= 1
+            raise ConnectionError(word)
+        self.said.append(what)
+
+    def announce(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        self.say("announce " + " ".join(outcome.task_id for outcome in outcomes))
+        return list(outcomes)
+
+    def place(self, outcomes: Sequence[Outcome], places: Sequence[Place]) -> None:
+        self.say("place " + " ".join(outcome.task_id for outcome in outcomes))
+
+    def finish_now(self, claim_id: str) -> str:
+        self.say(f"finish {claim_id}")
+        return "finished"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "_PAUSE", 0.01)
+    monkeypatch.setattr(writers, "NOTED_AFTER", 0.2)
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def writer(tmp_path: Path, log: Log) -> Writer:
+    untyped: Any = log
+    return Writer(SegmentWriter(tmp_path, "n", "life"), untyped, log, 60.0)
+
+
+def outcome(task_id: str) -> Outcome:
+    return Outcome(task_id, "SUCCESS", f"celery-task-meta-{task_id}", b"{}", 60.0)
+
+
+def on_disk(root: Path) -> list[tuple[str, str]]:
+    found = sorted(segments.list_segments(root))
+    return [(entry.kind, entry.id) for path in found for entry in segments.read(path)]
+
+
+def begin(writer: Writer, task_id: str, *, durable: bool = False) -> None:
+    writer.begin(
+        f"claim-{task_id}", task_id, lambda: Entry("journal", task_id, 0, b"x"), durable=durable
+    )
+
+
+def test_who_waits_is_told_before_the_disk_and_redis_acknowledges_after_it(
+    writer: Writer, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = writer._segment.append
+
+    def noting(entries: Sequence[Entry]) -> list[Place]:
+        log.say("append")
+        return append(entries)
+
+    monkeypatch.setattr(writer._segment, "append", noting)
+    for task_id in ("a", "b"):
+        writer.record(outcome(task_id))
+        writer.finish(task_id)
+    writer.start()
+    assert writer.stop(10)
+    assert log.said == ["announce a b", "append", "place a b", "finish a", "finish b"]
+    assert on_disk(tmp_path) == [("outcome", "a"), ("outcome", "b")]
+
+
+@pytest.mark.parametrize("word", ["announce", "append", "place", "finish"])
+def test_what_fails_for_a_while_is_done_once_all_the_same(
+    writer: Writer, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    append = writer._segment.append
+
+    def failing(entries: Sequence[Entry]) -> list[Place]:
+        try:
+            log.say("append")
+        except ConnectionError:
+            raise Unavailable("the disk is full") from None
+        return append(entries)
+
+    monkeypatch.setattr(writer._segment, "append", failing)
+    log.refusals[word] = 3
+    writer.record(outcome("a"))
+    writer.finish("a")
+    writer.start()
+    wait_for(lambda: "finish a" in log.said, "its end", 10)
+    assert writer.stop(10)
+    assert log.said == ["announce a", "append", "place a", "finish a"]
+    assert on_disk(tmp_path) == [("outcome", "a")]
+
+
+def test_a_job_that_runs_for_a_while_is_noted_and_a_short_one_isn_t(
+    writer: Writer, tmp_path: Path
+) -> None:
+    writer.start()
+    begun = time.monotonic()
+    begin(writer, "long")
+    begin(writer, "short")
+    writer.finish("claim-short")
+    wait_for(lambda: on_disk(tmp_path), "the note", 10)
+    assert time.monotonic() - begun >= writers.NOTED_AFTER
+    begin(writer, "ends")
+    writer.end("claim-ends")
+    writer.finish("claim-ends")
+    writer.end("claim-long")
+    writer.finish("claim-long")
+    assert writer.stop(10)
+    # What wasn't noted needs no end.
+    assert on_disk(tmp_path) == [("journal", "long"), ("ended", "long")]
+
+
+def test_a_durable_job_was_noted_by_its_producer(writer: Writer, tmp_path: Path) -> None:
+    writer.start()
+    begin(writer, "t", durable=True)
+    writer.end("claim-t")
+    writer.finish("claim-t")
+    assert writer.stop(10)
+    assert on_disk(tmp_path) == [("ended", "t")]
+
+
+def test_notes_cause_no_writes_while_jobs_end(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[int] = []
+    append = writer._segment.append
+
+    def counting(entries: Sequence[Entry]) -> list[Place]:
+        writes.append(len(entries))
+        return append(entries)
+
+    monkeypatch.setattr(writer._segment, "append", counting)
+    monkeypatch.setattr(writers, "NOTED_AFTER", 60.0)
+    writer.start()
+    for n in range(50):
+        begin(writer, str(n))
+    assert writer.stop(10)
+    assert writes == []
