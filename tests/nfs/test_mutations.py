@@ -21,7 +21,10 @@ CRASHES = "tests/nfs/test_crash_calls.py"
 MACHINE = "tests/nfs/test_machine_on_nfs.py"
 # Which tests see it: of each of these at least one must fail.
 SEEN_BY: dict[str, tuple[str, ...]] = {
-    "names_are_used_again": (MACHINE,),
+    "names_are_used_again": (
+        MACHINE,
+        "tests/nfs/contract/test_directory_on_nfs.py::test_a_task_never_gets_a_second_record",
+    ),
     "the_link_is_a_rename": (MACHINE, "tests/nfs/contract/test_directory_on_nfs.py"),
     "the_base_isn_t_checked": (MACHINE, "tests/nfs/contract/test_directory_on_nfs.py"),
     "eexist_isn_t_looked_into": (MACHINE, "tests/nfs/contract/test_log_on_nfs.py"),
