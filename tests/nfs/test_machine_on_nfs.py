@@ -281,7 +281,7 @@ class TwoNodes(RuleBasedStateMachine):
 UNDER_A_MUTATION = "COHORT_TEST_MUTATION" in os.environ
 TestTwoNodes = TwoNodes.TestCase
 TestTwoNodes.settings = settings(
-    max_examples=400 if UNDER_A_MUTATION else 40,
+    max_examples=400 if UNDER_A_MUTATION else 30,
     stateful_step_count=15,
     deadline=None,
     suppress_health_check=list(HealthCheck),
