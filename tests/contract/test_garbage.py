@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,6 +221,34 @@ def test_restore_commits_an_old_version_that_lives_on(root: Path, scratch: Path)
     run(root, scratch, "t7", lambda tree: seen.append((tree / "a").read_text()))
     run(root, scratch / "new", "t8", lambda tree: seen.append((tree / "a").read_text()))
     assert seen == ["2", "2"]
+
+
+def test_restore_in_the_middle_of_a_collection_loses_nothing(root: Path, scratch: Path) -> None:
+    """What the head doesn't name is stored anew: the collector may have it on its list already."""
+    directory = five_versions(root, scratch)
+    old = contents(directory.version(2))
+    garbage = Garbage(root, NEWEST)
+    (gone,) = garbage.run_once(1)
+    assert "t2" not in str(gone.path)  # version 2's are on its list, and still there
+    (root / "jobs/k/gc/5").unlink()  # the reader looked before the floor was raised
+    directory.restore(2, "r", "c", result=None, attempt=1, node="n")
+    while garbage.run_once():
+        pass
+    assert contents(Directory.open(root, "k").head()) == old
+
+
+def test_a_shared_folder_that_was_copied_without_its_links_keeps_its_outcomes(
+    root: Path, scratch: Path
+) -> None:
+    five_versions(root, scratch)
+    copied = root.with_name("copied")
+    shutil.copytree(root, copied)
+    while Garbage(copied, NEWEST).run_once():
+        pass
+    directory = Directory.open(copied, "k")
+    assert [(directory.outcome_of(f"t{n}") or pytest.fail()).n for n in range(1, 6)] == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
 
 
 def test_restore_of_removed_large_and_sparse_files(root: Path, scratch: Path) -> None:

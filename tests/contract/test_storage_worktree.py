@@ -287,6 +287,33 @@ def test_a_tree_that_changes_while_it_is_committed_is_refused(
     assert contents(directory.head()) == {"old": b"1"}
 
 
+def test_a_file_that_changes_twice_in_one_tick_while_it_is_committed_is_seen(
+    root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both looks see the same: length, mtime, and the ctime of the one tick. So neither counts."""
+    with_a_clock_of(1_000_000_000, monkeypatch)
+    attempt, tree = start(root, scratch, "t1")
+    write("a", "1")(tree.path)
+    settled, added = WorkTree.settle, Store.add
+
+    def then_rewritten(self: WorkTree) -> int | None:
+        begin = settled(self)
+        rewrite_in_place(self.path / "a", 2)
+        return begin
+
+    def and_again(
+        self: Store, local: Path, path: str, old: File | None, sparse: bool
+    ) -> tuple[Extent, ...]:
+        extents = added(self, local, path, old, sparse)
+        rewrite_in_place(local, 3)
+        return extents
+
+    monkeypatch.setattr(WorkTree, "settle", then_rewritten)
+    monkeypatch.setattr(Store, "add", and_again)
+    with pytest.raises(Refused, match="changed while it was committed"):
+        attempt.commit(tree, None, attempt=1, node="n")
+
+
 def test_a_tree_of_another_version_isn_t_committed(root: Path, scratch: Path) -> None:
     _, tree = start(root, scratch, "t1")
     run(root, scratch, "t2", write("a", "1"))
