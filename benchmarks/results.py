@@ -1,6 +1,6 @@
 """Outcomes, beside Celery's own result backends in the same run, in alternating rounds.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/results.py [store] [get] [wait] [hold]
+    .venv/bin/python -m benchmarks.results [store] [get] [wait] [hold]
 
 `store`  256 jobs in flight end on one node; the folder is a FUSE mount (tests/nfs) that adds 2 ms
          to every write and fsync. Beside it Celery's `file://` backend on the same mount. Encoding

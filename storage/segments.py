@@ -13,6 +13,7 @@ the torn segment behind and goes on in the next one. A payload that is large for
 a file of its own, `segments/<node>/large/<start>-<number>`, which an entry refers to.
 """
 
+import itertools
 import json
 import os
 import struct
@@ -95,7 +96,7 @@ class SegmentWriter:
         self._file = -1
         self._length = 0
         self._seq = 0
-        self._large = 0
+        self._large = itertools.count(1)
         self._last_append = time.monotonic()
 
     def append(self, entries: Sequence[Entry]) -> list[Place]:
@@ -124,12 +125,11 @@ class SegmentWriter:
         return places
 
     def store_large(self, payload: bytes) -> str:
-        """Make a payload durable in a file of its own: its path below `segments/`."""
+        """A payload in a durable file of its own: its path below `segments/`. Any thread may."""
         folder = self.folder / _FOLDER_OF_LARGE
         for path in (self.folder.parent, self.folder, folder):
             durable.make_directory(path)
-        self._large += 1
-        path = folder / f"{self.start}-{self._large}"
+        path = folder / f"{self.start}-{next(self._large)}"
         durable.create(path, payload)
         return f"{self.folder.name}/{_FOLDER_OF_LARGE}/{path.name}"
 

@@ -1,7 +1,8 @@
 """The main process's half of the way of a job: announce, outcomes to disk, acknowledge.
 
-One thread a node. What came in while it was writing goes with the next write: one write and one
-fsync for all of it. Nothing is acknowledged whose outcome isn't on disk, however long that takes.
+Two threads a node, one behind the other: one announces, the other writes. What came in while it
+was writing goes with the next write: one write and one fsync for all of it. Nothing is
+acknowledged whose outcome isn't on disk, however long that takes.
 
 The journal goes the same way: a job that runs for longer than a moment is noted in the segment, so
 that it can be found again when Redis has lost it and this node has died as well. A note causes no
@@ -71,16 +72,26 @@ class _Ended:
     claim_id: str
 
 
+_Order = Outcome | _Finish | _GiveBack | _Begun | _Ended
+
+
 @dataclass
-class _Batch:
+class _Decided:
+    """Orders whose outcomes have been announced; `standing` is what has to be written for them."""
+
+    orders: list[_Order]
     outcomes: list[Outcome]
+    standing: list[Outcome]
+
+
+@dataclass
+class _Work:
+    standing: list[Outcome]
     notes: list[Entry]
-    standing: list[Outcome] | None = None
     places: list[Place] | None = None
 
 
 T = TypeVar("T")
-_Order = Outcome | _Finish | _GiveBack | _Begun | _Ended
 
 
 class Writer:
@@ -99,13 +110,16 @@ class Writer:
         self._results = results
         self._keep = keep
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
-        self._thread = essential_thread("cohort-writer", self._run)
+        self._decided: queue.SimpleQueue[_Decided | None] = queue.SimpleQueue()
+        self._announcer = essential_thread("cohort-announcer", self._announce)
+        self._thread = essential_thread("cohort-writer", self._write)
         self._impatient = threading.Event()
         self._unnoted: dict[str, _Begun] = {}
         self._noted: dict[str, str] = {}
 
     def start(self) -> None:
         """Begin to write."""
+        self._announcer.start()
         self._thread.start()
 
     def stop(self, timeout: float) -> bool:
@@ -137,31 +151,36 @@ class Writer:
         """A job has ended and leaves no outcome."""
         self._orders.put(_Ended(claim_id))
 
-    def _run(self) -> None:
-        while True:
-            batch, is_last = self._next_batch()
-            outcomes = [order for order in batch if isinstance(order, Outcome)]
-            notes = self._notes(batch)
-            if outcomes or notes:
-                reach("writer:before-segment")
-                self._until_done("write outcomes", self._record, _Batch(outcomes, notes))
-                reach("writer:after-segment")
-            for order in batch:
-                self._until_done("tell Redis", self._carry_out, order)
-            if is_last:
-                return
+    def _announce(self) -> None:
+        is_last = False
+        while not is_last:
+            taken: tuple[list[_Order], bool] = _all_of(self._orders, None)
+            orders, is_last = taken
+            outcomes = [order for order in orders if isinstance(order, Outcome)]
+            decided = _Decided(orders, outcomes, [])
+            if outcomes:
+                if not self._until_done("announce outcomes", self._decide, decided):
+                    break
+                reach("writer:after-announce")
+            self._decided.put(decided)
+        self._decided.put(None)
 
-    def _next_batch(self) -> tuple[list[_Order], bool]:
-        batch: list[_Order] = []
-        with contextlib.suppress(queue.Empty):
-            order = self._orders.get(timeout=self._patience())
-            while order is not None:
-                batch.append(order)
-                if len(batch) == _LARGEST_BATCH:
-                    return batch, False
-                order = self._orders.get_nowait()
-            return batch, True
-        return batch, False
+    def _write(self) -> None:
+        is_last = False
+        while not is_last:
+            batch, is_last = _all_of(self._decided, self._patience())
+            orders = [order for decided in batch for order in decided.orders]
+            work = _Work(
+                [outcome for decided in batch for outcome in decided.standing], self._notes(orders)
+            )
+            if work.standing or work.notes:
+                reach("writer:before-segment")
+                if not self._until_done("write outcomes", self._record, work):
+                    return  # Nothing is acknowledged from here on.
+                reach("writer:after-segment")
+            for order in orders:
+                if not self._until_done("tell Redis", self._carry_out, order):
+                    return
 
     def _patience(self) -> float | None:
         """Until the first note is due."""
@@ -194,18 +213,18 @@ class Writer:
             notes.append(begun.note())
         return notes
 
-    def _record(self, batch: _Batch) -> None:
+    def _decide(self, decided: _Decided) -> None:
+        # What is too large to be pushed is pushed as a reference, which must lead somewhere.
+        decided.outcomes = self._with_files(decided.outcomes, PUSHED_UP_TO)
+        decided.standing = self._results.announce(decided.outcomes)
+
+    def _record(self, work: _Work) -> None:
         """Each step is done once, however often the next one has to be tried."""
-        if batch.standing is None:
-            # What is too large to be pushed is pushed as a reference, which must lead somewhere.
-            batch.outcomes = self._with_files(batch.outcomes, PUSHED_UP_TO)
-            batch.standing = self._results.announce(batch.outcomes) if batch.outcomes else []
-            reach("writer:after-announce")
-        if batch.places is None:
-            batch.standing = self._with_files(batch.standing, 0)
-            entries = [outcome.entry() for outcome in batch.standing]
-            batch.places = self._segment.append([*entries, *batch.notes])
-        self._results.place(batch.standing, batch.places[: len(batch.standing)])
+        if work.places is None:
+            work.standing = self._with_files(work.standing, 0)
+            entries = [outcome.entry() for outcome in work.standing]
+            work.places = self._segment.append([*entries, *work.notes])
+        self._results.place(work.standing, work.places[: len(work.standing)])
 
     def _with_files(self, outcomes: Sequence[Outcome], above: int) -> list[Outcome]:
         return [
@@ -223,8 +242,11 @@ class Writer:
                 logger.warning("claim %s had gone to another node already", order.claim_id)
             reach("writer:after-finish")
 
-    def _until_done(self, what: str, act: Callable[[T], object], subject: T) -> None:
-        """Try until it works: a full disk or an absent Redis may delay an outcome, not lose it."""
+    def _until_done(self, what: str, act: Callable[[T], object], subject: T) -> bool:
+        """Try until it works: a full disk or an absent Redis may delay an outcome, not lose it.
+
+        False if the node leaves before that. Then its claims go back.
+        """
         failures = 0
         while True:
             try:
@@ -233,8 +255,21 @@ class Writer:
                 failures += 1
                 if failures in (1, 10) or failures % 100 == 0:
                     logger.error("could not %s, trying on: %s", what, error)
-                if self._impatient.is_set():
-                    return
-                time.sleep(_PAUSE)
+                if self._impatient.wait(_PAUSE):
+                    return False
             else:
-                return
+                return True
+
+
+def _all_of(orders: queue.SimpleQueue[T | None], patience: float | None) -> tuple[list[T], bool]:
+    """What is there, and whether that is the last of it; waits for the first, at most so long."""
+    batch: list[T] = []
+    with contextlib.suppress(queue.Empty):
+        order = orders.get(timeout=patience)
+        while order is not None:
+            batch.append(order)
+            if len(batch) == _LARGEST_BATCH:
+                return batch, False
+            order = orders.get_nowait()
+        return batch, True
+    return batch, False

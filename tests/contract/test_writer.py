@@ -119,6 +119,26 @@ def test_what_fails_for_a_while_is_done_once_all_the_same(
     assert on_disk(tmp_path) == [("outcome", "a")]
 
 
+@pytest.mark.parametrize("word", ["announce", "append", "place"])
+def test_a_node_that_leaves_acknowledges_nothing_that_isn_t_on_disk(
+    writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    append = writer._segment.append
+
+    def failing(entries: Sequence[Entry]) -> list[Place]:
+        log.say("append")
+        return append(entries)
+
+    monkeypatch.setattr(writer._segment, "append", failing)
+    log.refusals[word] = 10**9
+    writer.record(outcome("a"))
+    writer.finish("a")
+    writer.start()
+    assert not writer.stop(0.2)
+    wait_for(lambda: not writer._thread.is_alive(), "the writer to give up", 10)
+    assert "finish a" not in log.said
+
+
 def test_a_job_that_runs_for_a_while_is_noted_and_a_short_one_isn_t(
     writer: Writer, tmp_path: Path
 ) -> None:
