@@ -78,6 +78,8 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         reach("attempt:after-checkout")
         run = _run(task, tree.path, base.n, cancelled, output)
         run._checkpoint = lambda: mine.checkpoint(tree)
+        if tree._slot is not None:
+            run._locks = (tree._slot._lock,)  # for a program, which may outlive this process
         result = _call(task, run, args, kwargs)
         _stop_if(cancelled, output)
         reach("attempt:after-body")

@@ -86,7 +86,7 @@ def command(
     last = _LastLines()
     # A cancelled run is killed after its grace, with the log half written: be done before.
     grace = 0.8 * current().stop_grace
-    with Program(argv, run.directory, _environment(env), grace) as program:
+    with Program(argv, run.directory, _environment(env), grace, run._locks) as program:
         try:
             _pass_on(program, run, last)
         except BaseException:

@@ -56,24 +56,33 @@ class Program:
     """One running program. Use it as a context manager: leaving it ends what is left."""
 
     def __init__(
-        self, argv: Sequence[str], directory: Path, environ: Mapping[str, str], grace: float
+        self,
+        argv: Sequence[str],
+        directory: Path,
+        environ: Mapping[str, str],
+        grace: float,
+        locks: Sequence[int] = (),
     ) -> None:
-        """Start it, or raise `Refused` that names it. Between SIGTERM and SIGKILL: `grace`."""
+        """Start it, or raise `Refused` that names it. Between SIGTERM and SIGKILL: `grace`.
+
+        The descriptors `locks` stay open as long as anything of it lives, whoever dies.
+        """
         self._argv = list(argv)
         self._said = b""
         self._asked_to_end = False
         self._began = time.monotonic()
         self._owner, theirs = socket.socketpair()
         self._output, writing = os.pipe()
+        kept = [theirs.fileno(), *locks]
         try:
             with theirs:
                 self._supervisor = subprocess.Popen(
-                    [sys.executable, "-I", "-S", supervisor.__file__, str(theirs.fileno())],
+                    [sys.executable, "-I", "-S", supervisor.__file__, *map(str, kept)],
                     cwd=directory,
                     stdin=subprocess.DEVNULL,
                     stdout=writing,
                     stderr=writing,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=kept,
                     start_new_session=True,
                 )
         except BaseException:

@@ -55,6 +55,8 @@ class Run:
     output: OutputLog = field(default_factory=OutputLog.nowhere, repr=False)
     """What any terminal can follow while the run lasts: `./cohort logs -f ID`."""
 
+    _locks: tuple[int, ...] = field(default=(), repr=False)
+    """Who holds these descriptors keeps the directory from being used by another run."""
     _give_back: Callable[[], NoReturn] = field(default=_cannot, repr=False)
     _checkpoint: Callable[[], object] = field(default=lambda: None, repr=False)
     _complete: Callable[[Any, Sequence[LeftOut]], Any] | None = field(default=None, repr=False)

@@ -1,6 +1,6 @@
 """Runs one program for an attempt, and sees to it that nothing of it outlives its end.
 
-    python -I -S supervisor.py FD
+    python -I -S supervisor.py FD [KEPT ...]
 
 FD is one end of a socket pair whose other end only the attempt's process holds. The attempt sends
 one line of JSON, {argv, environ, grace}, and later perhaps b"end": then the program's process
@@ -10,6 +10,9 @@ however its process went, everything is killed at once: what it does has become 
 Whatever the program leaves behind when it ends, daemons included, is ended too: as this process
 is their subreaper, nobody escapes to init. The last line sent is {status, usage}, once nothing
 is left; or {errno}, if the program couldn't be started.
+
+Other descriptors are only kept open: the lock of the program's work tree stays taken until
+nothing of the program can write there any more.
 
 It runs without site-packages, so that it starts in a blink: the standard library only.
 """
@@ -175,9 +178,10 @@ class Supervisor:
 
 
 def main(arguments: list[str]) -> None:
-    """Serve the owner at the other end of the descriptor that the argument names."""
+    """Serve the owner at the other end of the first descriptor."""
+    for descriptor in arguments:
+        os.set_inheritable(int(descriptor), False)
     with socket.socket(fileno=int(arguments[0])) as owner:
-        owner.set_inheritable(False)
         Supervisor(owner).run()
 
 

@@ -168,3 +168,12 @@ def leave_politely(run: Run, name: str, started: str) -> list[str]:
         run.checkpoint()
         run.hand_over()
     return [*done.read_text().split(), run.node, str(run.attempt)]
+
+
+@job(key="cancelled-{name}")
+def talk_when_cancelled(run: Run, name: str, started: str) -> None:
+    Path(started).touch()
+    while not run.cancelled:
+        time.sleep(0.02)
+    for number in range(100):
+        run.log.info("%d", number)

@@ -211,6 +211,16 @@ def test_a_job_s_log_is_for_the_same_readers(producer: Producer) -> None:
     ]
 
 
+def test_what_a_cancelled_job_says_last_is_there(producer: Producer, tmp_path: Path) -> None:
+    """Its process ends itself then: nothing may be left in its memory."""
+    result = jobs.talk_when_cancelled.delay("last", str(tmp_path / "started"))
+    wait_for((tmp_path / "started").exists, "the run")
+    result.revoke(terminate=True)
+    assert isinstance(producer.end_of(result), TaskRevokedError)
+    lines = said(producer, result.id).decode().splitlines()
+    assert [line.split()[-1] for line in lines] == [str(number) for number in range(100)]
+
+
 def test_a_killed_node_s_program_dies_and_runs_again_elsewhere(
     producer: Producer, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -103,6 +104,16 @@ def test_what_it_leaves_behind_is_ended_daemons_too(tmp_path: Path) -> None:
     assert marked(str(tmp_path)) == set()
 
 
+def test_what_it_leaves_behind_may_tidy_up(tmp_path: Path) -> None:
+    script = """
+        (trap 'echo tidied; exit' TERM; touch there; while :; do sleep 0.02; done) &
+        while [ ! -e there ]; do sleep 0.01; done
+    """
+    output, ended = shell(script, tmp_path)
+    assert ended.is_success
+    assert output.endswith(b"tidied\n")
+
+
 def test_asked_to_end_it_may_tidy_up(tmp_path: Path) -> None:
     script = "trap 'echo tidied; exit 3' TERM; echo ready; while :; do sleep 0.02; done"
     with Program(["sh", "-c", script], tmp_path, os.environ, 30) as program:
@@ -150,6 +161,42 @@ def test_it_dies_with_the_process_that_holds_it(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     wait_until(lambda: not marked(str(tmp_path)), 10)
+
+
+def test_its_tree_stays_locked_until_nothing_of_it_can_write_there(tmp_path: Path) -> None:
+    """Else another run could take the tree between the holder's death and the program's."""
+    holder = textwrap.dedent("""
+        import fcntl, os, sys
+        from pathlib import Path
+        from tasks.program import Program
+        lock = os.open("lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script = "ls /proc/self/fd >fds; echo $PPID >new; mv new supervisor; exec sleep 1000"
+        with Program(["sh", "-c", script], Path("."), os.environ, 30, [lock]) as program:
+            for data in program.output(): pass
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "TEST_MARK": str(tmp_path),
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        },
+    )
+    wait_until((tmp_path / "supervisor").exists)
+    supervisor = int((tmp_path / "supervisor").read_text())
+    # The three of any program, and the folder that ls lists.
+    assert (tmp_path / "fds").read_text().split() == ["0", "1", "2", "3"]
+    os.kill(supervisor, signal.SIGSTOP)  # As slow as it can be.
+    process.kill()
+    process.wait()
+    with (tmp_path / "lock").open() as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.kill(supervisor, signal.SIGCONT)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert marked(str(tmp_path)) <= {supervisor}
 
 
 def test_a_killed_supervisor_is_no_success(tmp_path: Path) -> None:
