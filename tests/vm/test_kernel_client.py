@@ -34,7 +34,7 @@ PYTEST = (
 
 # Both guests commit to one log until each has had its share; a fenced one tries the next number.
 COMMIT = """
-import sys
+import sys, time
 from pathlib import Path
 from errors import Fenced
 from storage import durable
@@ -42,6 +42,9 @@ from storage.log import Log, Record
 
 folder, guest, share = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 log, fenced, tries = Log(folder / "log", "k"), 0, 0
+(folder / "started" / guest).mkdir()
+while len(durable.entries(folder / "started")) < 2:
+    time.sleep(0.01)
 while share:
     head = log.head()
     n = head.n + 1 if head else 1
@@ -123,7 +126,7 @@ def test_a_name_goes_to_one_guest(how: str, guests: list[Guest]) -> None:
 
 def test_two_guests_commit_to_one_log(guests: list[Guest]) -> None:
     folder = f"/mnt/{guests[0].folder}"
-    for name in ("log", "runs"):
+    for name in ("log", "runs", "started"):
         guests[0].do("make_folder", name=name)
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(python_in, g, COMMIT, folder, g.name, "25") for g in guests]
