@@ -1,4 +1,4 @@
-"""The commands `up`, `nodes`, `doctor`, `submit`, `logs` and `dir` of the entry script.
+"""The commands `up`, `nodes`, `doctor`, `submit`, `logs`, `dir`, `gc` and those of outcomes.
 
 Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 the command line is wrong,
 130 interrupted.
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from broker import server
 from broker.nodes import list_nodes
-from deploy import directories, logs, outcomes, state, submit
+from deploy import directories, garbage, logs, outcomes, state, submit
 from errors import CohortError, Refused, Unavailable
 from storage.lateness import PATIENCE
 
@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_parser(commands).set_defaults(run=_submit)
     logs.add_parser(commands).set_defaults(run=_logs)
     directories.add_parser(commands).set_defaults(run=_dir)
+    garbage.add_parser(commands).set_defaults(run=_gc)
     outcomes.add_commands(commands, _join_fleet)
     return parser
 
@@ -177,8 +178,10 @@ def _nodes(options: argparse.Namespace) -> int:
             f"{max(info.lease_left, 0):.1f} s",
         )
     console = Console()
-    # Into a file or pipe every column comes whole, whatever width is assumed.
-    console.print(table, width=None if console.is_terminal else 200)
+    if not console.is_terminal:
+        # Into a file or pipe every column comes whole, whatever width is assumed.
+        console = Console(width=200)
+    console.print(table)
     if not known:
         print("no node has a lease", file=sys.stderr)
     return 0
@@ -225,6 +228,13 @@ def _dir(options: argparse.Namespace) -> int:
     if settings.root is None:
         raise Refused("COHORT_ROOT isn't set: job directories are on the shared folder")
     return directories.run(options, settings.root, app)
+
+
+def _gc(options: argparse.Namespace) -> int:
+    settings = _settings_with_root()
+    if settings.root is None or not settings.root.is_dir():
+        raise Refused("COHORT_ROOT: job directories are on the shared folder; give its path")
+    return garbage.run(options, settings.root, Console(), Console(stderr=True))
 
 
 def _settings_with_root() -> Settings:

@@ -10,6 +10,7 @@ A file system that is full, read-only or away becomes `Unavailable` with the pat
 import errno
 import hashlib
 import os
+import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +85,19 @@ def write_all(target: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(target, rest) :]
+
+
+def servers_now(folder: Path) -> float:
+    """The time by the file server's clock: that of a file made just now in this folder."""
+    make_directory(folder)
+    path = folder / f"clock-{secrets.token_hex(8)}"
+    with reporting(path):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            return os.fstat(file).st_mtime
+        finally:
+            os.close(file)
+            os.unlink(path)
 
 
 def make_directory(path: Path) -> bool:

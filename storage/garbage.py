@@ -18,7 +18,6 @@ Ages are by the server's clock: times of files are compared with that of one mad
 
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -167,7 +166,7 @@ class Garbage:
         """The oldest retained version. It never falls: what was collected stays collected."""
         floor = max(1, head - self.retention.keep + 1)
         if floor > 1:
-            now = self._servers_now(directory)
+            now = durable.servers_now(directory.path / "gc")
             while floor > 1 and now - self._written(directory, floor - 1) < self.retention.max_age:
                 floor -= 1
         return max(floor, directory.floor(), 1)
@@ -204,18 +203,6 @@ class Garbage:
             if entry.name.isdecimal() and int(entry.name) < floor:
                 with suppress(OSError):
                     os.unlink(entry.path)
-
-    def _servers_now(self, directory: Directory) -> float:
-        folder = directory.path / "gc"
-        durable.make_directory(folder)
-        path = folder / f"clock-{secrets.token_hex(8)}"
-        with durable.reporting(path):
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                return os.fstat(file).st_mtime
-            finally:
-                os.close(file)
-                os.unlink(path)
 
     def _written(self, directory: Directory, n: int) -> float:
         path = directory.log.path(n)

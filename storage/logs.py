@@ -32,6 +32,27 @@ def folder_of(root: Path, task_id: str) -> Path:
     return root / "logs" / check_name("task id", task_id)
 
 
+def expired(root: Path, max_age: float) -> Iterator[tuple[Path, int]]:
+    """The files of logs in which nothing was written for so many seconds, and their lengths."""
+    folder = root / "logs"
+    if not folder.is_dir():
+        return
+    now = durable.servers_now(root / "nodes")
+    for task in durable.entries(folder):
+        for entry in durable.entries(Path(task.path)):
+            status = entry.stat(follow_symlinks=False)
+            if now - status.st_mtime > max_age:
+                yield Path(entry.path), status.st_size
+
+
+def remove_expired(path: Path) -> None:
+    """Take one of them away, and its task's folder with the last."""
+    with suppress(FileNotFoundError), durable.reporting(path):
+        path.unlink()
+    with suppress(OSError):
+        path.parent.rmdir()
+
+
 class OutputLog:
     """The one writer of one attempt's output. Makes its file when it has something to write."""
 
