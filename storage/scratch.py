@@ -29,6 +29,11 @@ class Slot:
     _lock: int
 
     @property
+    def lock(self) -> int:
+        """The descriptor that keeps others away, for as long as any process holds it."""
+        return self._lock
+
+    @property
     def tree(self) -> Path:
         return self.path / "tree"
 

@@ -65,6 +65,13 @@ class WorkTree:
             raise Refused(f"no work tree of {self._key!r} is checked out here")
         return self._slot.tree
 
+    @property
+    def locks(self) -> tuple[int, ...]:
+        """Descriptors for a program that may outlive this process: the tree is in use while it
+        holds them.
+        """
+        return () if self._slot is None else (self._slot.lock,)
+
     def checkout(
         self, directory: "Directory", version: "Version", checkpoint: Listing | None = None
     ) -> None:

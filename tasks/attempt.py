@@ -77,9 +77,8 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         tree.checkout(directory, base, directory.checkpoint_of(task.request.id, base))
         reach("attempt:after-checkout")
         run = _run(task, tree.path, base.n, cancelled, output)
-        run._checkpoint = lambda: mine.checkpoint(tree)
-        if tree._slot is not None:
-            run._locks = (tree._slot._lock,)  # for a program, which may outlive this process
+        run._checkpoint = lambda: mine.checkpoint(tree, quota=settings.quota)
+        run._locks = tree.locks
         result = _call(task, run, args, kwargs)
         _stop_if(cancelled, output)
         reach("attempt:after-body")
@@ -113,11 +112,11 @@ def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def _commit(task: JobTask, run: Run, mine: Attempt, tree: WorkTree, result: Any) -> Record:
-    attempt, node = _attempt_number(task), current().node
+    attempt, node, quota = _attempt_number(task), current().node, current().quota
     if run._complete is not None:
         result = functools.partial(run._complete, result)
     if run._version_to_commit is None:
-        return mine.commit(tree, result, attempt=attempt, node=node)
+        return mine.commit(tree, result, attempt=attempt, node=node, quota=quota)
     old = mine.directory.version(run._version_to_commit)
     return mine.commit_version(old, result, attempt=attempt, node=node)
 

@@ -140,6 +140,12 @@ class Settings:
     """The node's own disk, for work trees."""
     state: Path = _setting(_folder, factory=_default_state)
     """Where beat keeps its schedule file."""
+    trees_keep: float = _setting(parse_span, 7 * 86400.0)
+    """How long a work tree that nobody uses stays on the node's disk."""
+    scratch_free: int = _setting(parse_size, 2 * 2**30)
+    """Bytes of that disk to keep free: the trees that were used least lately go for it."""
+    quota: int | None = _setting(parse_size)
+    """Bytes that one job directory may hold; a run that leaves more is refused."""
     lease: float = _setting(_lease, 15.0)
     """How long a silent node keeps its claims."""
     deliveries: int = _setting(_count, 3)

@@ -177,3 +177,10 @@ def talk_when_cancelled(run: Run, name: str, started: str) -> None:
         time.sleep(0.02)
     for number in range(100):
         run.log.info("%d", number)
+
+
+@job(key="grow-{name}")
+def grow(run: Run, name: str, size: int) -> int:
+    """Leaves a file of that size."""
+    (run.directory / "data").write_bytes(os.urandom(size))
+    return run.version

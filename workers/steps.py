@@ -27,6 +27,7 @@ from tasks.results import record_with
 from tasks.settings import Settings, current
 from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
 from workers.heartbeat import Heartbeat
+from workers.housekeeping import Housekeeping
 from workers.node import WorkerNode
 from workers.writer import Writer
 
@@ -104,8 +105,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.claimant.on_finish = self.writer.finish
         self.claimant.on_claim = self._note
         self.claimant.register()
+        self.housekeeping = Housekeeping(self._settings)
         self.writer.start()
         self.heartbeat.start()
+        self.housekeeping.start()
         record_with(self.writer.record)
         run_on(self.node)
         consume_as(self.claimant)
@@ -132,6 +135,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _leave(self, **kwargs: Any) -> None:
         self.node.stop()
+        self.housekeeping.stop()
         if not self.writer.stop(_FLUSH_SECONDS):
             logger.error("outcomes could not be written in time; their claims go back")
         self.heartbeat.stop()

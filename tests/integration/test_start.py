@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from errors import OverQuota
 from storage import mount
+from tests import sample_jobs as jobs
 from tests.fleets import Producer, running_fleet
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -93,3 +95,14 @@ def test_no_redis_and_no_password_in_the_line(producer: Producer) -> None:
     line = refusal(producer, COHORT_REDIS="redis://user:secret@127.0.0.1:1/0")
     assert "127.0.0.1:1" in line
     assert "secret" not in line
+
+
+def test_a_directory_over_its_quota(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not a start, but a setting all the same: the run is refused, the last version untouched."""
+    home = tmp_path_factory.mktemp("quota")
+    with running_fleet(home, nodes=1, COHORT_QUOTA="100 KiB") as producer:
+        assert jobs.grow.delay("q", 50_000).get(timeout=30) == 0
+        before = producer.files_of("grow-q", home / "look")
+        with pytest.raises(OverQuota, match="102,400"):
+            jobs.grow.delay("q", 200_000).get(timeout=30)
+        assert producer.files_of("grow-q", home / "look") == before
