@@ -6,6 +6,7 @@ first parameter is its `Run`.
 
 from tasks.application import app
 from tasks.job import job
+from tasks.reading import Directory
 from tasks.run import Run
 
-__all__ = ["Run", "app", "job"]
+__all__ = ["Directory", "Run", "app", "job"]
