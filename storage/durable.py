@@ -107,6 +107,7 @@ def make_directory(path: Path) -> bool:
         try:
             os.mkdir(path, 0o755)
         except FileExistsError:
+            reopen(path.parent)  # a client may go on believing that the name is missing
             if not stat.S_ISDIR(os.lstat(path).st_mode):
                 raise Damaged(f"{path} should be a directory and isn't") from None
             made = False

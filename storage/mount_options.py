@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import Unavailable
+from errors import Unavailable, WrongMount
 from storage.finding import Finding, Verdict
 
 LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs")
@@ -97,6 +97,19 @@ def judge(mounted: Mounted) -> list[Finding]:
             )
         )
     return found
+
+
+def refuse(mounted: Mounted) -> None:
+    """Refuse a mount on which one outcome can't be promised: `WrongMount`.
+
+    Without close-to-open a listing may be as old as it likes, and a task's outcome is looked for
+    in listings: two claims of one task could both commit.
+    """
+    if mounted.is_nfs and "nocto" in mounted.options:
+        raise WrongMount(
+            f"{mounted.point} is mounted with nocto: another node's files stay unseen. Leave the "
+            "option out"
+        )
 
 
 def _judge_kind(mounted: Mounted) -> Finding:

@@ -195,7 +195,9 @@ class Settings:
 
 
 # Variables of the entry script and of tests, which aren't settings of a process.
-_NOT_SETTINGS = frozenset({"COHORT_SETTINGS", "COHORT_VENV", "COHORT_PYTHON", "COHORT_CRASH"})
+_NOT_SETTINGS = frozenset(
+    {"COHORT_SETTINGS", "COHORT_VENV", "COHORT_PYTHON", "COHORT_CRASH", "COHORT_TEST_FUSE"}
+)
 
 
 def _settings_file(environ: Mapping[str, str]) -> Path | None:

@@ -59,7 +59,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._client = server.connect(settings.redis, timeout=max(1.0, settings.lease / 4))
         server.check(self._client, settings.redis)
         proof = mount.prove(self._root, settings.node)
-        for said in mount_options.judge(mount_options.find(self._root)):
+        mounted = mount_options.find(self._root)
+        mount_options.refuse(mounted)
+        for said in mount_options.judge(mounted):
             if said.verdict == "dangerous":
                 folder = f"{self._root}: {said.what}: {said.found}"
                 logger.warning("dangerous shared folder %s; %s", folder, said.advice)

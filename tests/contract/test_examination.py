@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from errors import Refused
+from errors import Refused, WrongMount
 from storage import examination, mount_options
 from storage.examination import examination_folder, examine
 from storage.finding import Finding, worst
 from storage.halves import Half, Side
-from storage.mount_options import find, judge
+from storage.mount_options import find, judge, refuse
 from tests.nfs.node import CantMount, Node, nodes
 from tests.nfs.script import Settings
 
@@ -367,3 +367,12 @@ def test_the_mount_that_a_folder_is_on(tmp_path: Path) -> None:
     assert found.options["vers"] == "3"
     assert find(Path("/"), table).kind == "ext4"
     assert find(tmp_path).point in str(tmp_path.resolve())
+
+
+def test_a_mount_on_which_one_outcome_can_t_be_promised_is_refused() -> None:
+    def mounted(options: str) -> None:
+        refuse(find(Path("/"), f"1 2 0:1 / / rw - nfs4 server:/export {options}"))
+
+    mounted(GOOD)
+    with pytest.raises(WrongMount, match="nocto"):
+        mounted(f"{GOOD},nocto")

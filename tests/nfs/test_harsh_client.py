@@ -14,7 +14,6 @@ from tests.nfs.script import Settings
 from tests.storage_kit import contents, run, write
 
 
-@pytest.mark.xfail(strict=True, reason="make_directory looks without opening the parent first")
 def test_a_directory_that_another_node_made_is_there(pair: Pair) -> None:
     """After mkdir said EEXIST, the name is looked at, and the client may say it is missing."""
     pair.a.script(settings=Settings(believes_after_eexist=True))
