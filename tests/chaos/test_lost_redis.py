@@ -72,8 +72,10 @@ def test_durable_jobs_come_back_and_run_once(producer: Producer, tmp_path: Path)
     ]
     (tmp_path / "traces").mkdir()
     producer.client.flushall()
-    recovered(producer)
+    # It has no lock any more: it is to commit before what waited for it is put back.
     go.touch()
+    wait_for(lambda: len(producer.states_of("count-durable")) == 1, "its commit")
+    recovered(producer)
     assert queued[0].get(timeout=30)["n"] == 2
     assert queued[1].get(timeout=30) in {"node-1", "node-2"}
     assert holds.get(timeout=30)["n"] == 1
