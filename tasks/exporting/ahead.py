@@ -8,7 +8,7 @@ from queue import Empty, Full, Queue
 
 import pyarrow as pa
 
-_DEPTH = 3
+_DEPTH = 2
 
 
 def read_ahead(batches: Iterator[pa.RecordBatch]) -> Generator[pa.RecordBatch, None, None]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from tasks.exporting.bucket import Bucket, Upload
 
-_GROUP_BYTES = 32 * 2**20
+_GROUP_BYTES = 16 * 2**20
 _GROUP_ROWS = 1_000_000
 _FILE_BYTES = 2**30
 

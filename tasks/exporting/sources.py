@@ -16,7 +16,7 @@ from errors import Refused
 from tasks.exporting.columns import Column, Mark
 from tasks.exporting.reasons import Secrets, database_errors
 
-BATCH_BYTES = 8 * 2**20
+BATCH_BYTES = 4 * 2**20
 """About how much a batch of rows takes. A few of them are in memory at once."""
 
 
