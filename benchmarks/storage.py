@@ -69,7 +69,7 @@ def file_system(folder: Path) -> str:
 
 def operations(home: Path) -> None:
     """Row 1."""
-    for files in (10, 1_000, 20_000):
+    for files in (10, 1_000, 100_000):
         root, node = home / f"root{files}", home / f"node{files}"
         root.mkdir(parents=True)
         run(root, node, "t1", partial(make_small_files, files))
@@ -81,7 +81,7 @@ def operations(home: Path) -> None:
             calls = changing_calls(act, root)
             folders = calls.count("fsyncdir")
             print(
-                f"row 1  {files:>6,} files, {k:>2} changed: {len(calls) - folders:>3} operations "
+                f"row 1  {files:>7,} files, {k:>2} changed: {len(calls) - folders:>3} operations "
                 f"(and {folders} fsyncs of folders); reach <= {3 * k + 12}"
             )
 
