@@ -18,6 +18,9 @@ _STEP = 200
 """Files removed between two looks at the screen: live jobs share the file system."""
 
 
+_AN_OLD_LOG = "nothing was written to this log for that long"
+
+
 @dataclass
 class _Total:
     files: int = 0
@@ -72,7 +75,7 @@ def run(options: Namespace, root: Path, out: Console, err: Console) -> int:
             for candidate in plan.files:
                 found.tell(candidate)
         for path, length in logs.expired(root, max_age):
-            found.tell(Candidate(path, length, "nothing was written to this log for that long"))
+            found.tell(Candidate(path, length, _AN_OLD_LOG))
     else:
         _collect(garbage, root, max_age, found, err)
     did = "would go" if options.dry_run else "gone"
@@ -92,7 +95,7 @@ def _collect(garbage: Garbage, root: Path, max_age: float, found: _Plan, err: Co
             progress.update(bar, description=str(found.total))
         for path, length in logs.expired(root, max_age):
             logs.remove_expired(path)
-            found.tell(Candidate(path, length, "nothing was written to this log for that long"))
+            found.tell(Candidate(path, length, _AN_OLD_LOG))
 
 
 class _Plan:
