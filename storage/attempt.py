@@ -126,19 +126,12 @@ class Attempt:
     def store(self, tree: WorkTree, folder: Path, quota: int | None) -> tuple[Listing, Changes]:
         """Store what the run touched, and the manifest of the whole; the rest lies where it lay."""
         assert tree.listing is not None
-        begin = tree.settle()
         changes = tree.changes()
         used = sum(identity[1] for identity in changes.now.files.values())
         if quota is not None and used > quota:
             raise OverQuota(f"{self.directory.key}: {used:,} bytes are more than {quota:,}")
         entries = self._store_files(tree, changes, Store(self.directory.path, folder, self.base.n))
-        changed = f"{self.directory.key}: the tree changed while it was committed"
-        for path in changes.touched:
-            if begin is not None and changes.now.files[path][3] >= begin:
-                # Closes: changed twice in one tick of the clock, before and after it was read.
-                raise Refused(f"{changed} ({path!r})")
-        if tree.changes() != changes:
-            raise Refused(changed)
+        tree.check_unchanged(changes)
         head, differences = tree.listing.after(entries, changes.left_out)
         name = os.path.relpath(folder / f"manifest-{self.base.n}", self.directory.path)
         stored = listing.write(self.directory.path, name, head, differences, named=False)

@@ -9,9 +9,10 @@ import gc
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from errors import Refused
@@ -24,14 +25,9 @@ Identity = tuple[int, int, int, int, int]
 A_TICK = 2.0
 
 
-def identity_of(status: os.stat_result) -> Identity:
-    return (
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_mode,
-    )
+identity_of: Callable[[os.stat_result], Identity] = attrgetter(
+    "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns", "st_mode"
+)
 
 
 @dataclass
@@ -67,7 +63,7 @@ def scan(tree: Path) -> Scan:
     left_out: list[LeftOut] = []
     sparse: list[str] = []
     linked: list[str] = []
-    to_visit = [""]
+    to_visit, files = [""], found.files
     with _no_collecting():
         while to_visit:
             inside = to_visit.pop()
@@ -84,7 +80,7 @@ def scan(tree: Path) -> Scan:
                             kind = mode & 0o170000
                             path = prefix + entry.name
                             if kind == stat.S_IFREG:
-                                found.files[path] = identity_of(status)
+                                files[path] = identity_of(status)
                                 if status.st_nlink > 1:
                                     linked.append(path)
                                 if status.st_blocks * 512 < status.st_size:

@@ -21,7 +21,7 @@ from storage import durable, fetch
 from storage.keys import check_key, check_name
 from storage.listing import Listing
 from storage.manifest import Differences, File, Folder, LeftOut, Symlink
-from storage.scan import Scan, scan, wait_for_a_tick
+from storage.scan import Scan, identity_of, scan, wait_for_a_tick
 from storage.scratch import Slot, take, wipe
 from storage.treeindex import Index
 
@@ -38,6 +38,8 @@ class Changes:
     """Files that are new, or aren't as they were checked out."""
     others: Differences
     """Folders and links that are new or differ; None for everything that is gone."""
+    begin: int | None = None
+    """Whatever changed after the look began has this ctime or a later one."""
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
@@ -93,14 +95,31 @@ class WorkTree:
 
     def changes(self) -> Changes:
         """What is in the tree now, by one look at every name and no look into any file."""
-        return _compared(scan(self.path), self._known, self._clock_tells)
+        begin = wait_for_a_tick(self._tick) if self._clock_tells else None
+        return _compared(scan(self.path), self._known, self._clock_tells, begin)
 
-    def settle(self) -> int | None:
-        """Wait until every change from now on has a later ctime than those before: this one.
+    def check_unchanged(self, changes: Changes) -> None:
+        """What was read of the touched files since is, with the rest, the tree of one moment: that
+        in which `changes` began to look. `Refused` if it isn't.
 
-        None: this disk's clock tells nothing.
+        - What the look found as it was before had not been changed by then.
+        - What it found touched had, and not since: that would have given it a later ctime.
+        - No name came or went since: that would have given its folder a later ctime.
+
+        So nobody need look at the rest once more. Without a clock that tells, one has to.
         """
-        return wait_for_a_tick(self._tick) if self._clock_tells else None
+        changed = f"{self._key}: the tree changed while it was committed"
+        if changes.begin is None:
+            if _compared(scan(self.path), self._known, clock_tells=False) != changes:
+                raise Refused(changed)
+            return
+        for path in ("", *changes.now.folders, *changes.touched):
+            try:
+                found = identity_of(os.lstat(os.path.join(self.path, path)))
+            except OSError as error:
+                raise Refused(f"{changed} ({path!r}: {error.strerror})") from None
+            if found[3] >= changes.begin or changes.now.files.get(path, found) != found:
+                raise Refused(f"{changed} ({path or '.'!r})")
 
     def accept(self, listing: Listing, version_n: int, changes: Changes) -> None:
         """The tree, as `changes` saw it, is what was stored as `listing`. To be called only then.
@@ -219,7 +238,9 @@ class WorkTree:
         return self.path.parent / "tick"
 
 
-def _compared(now: Scan, known: Index, clock_tells: bool) -> Changes:
+def _compared(
+    now: Scan, known: Index, clock_tells: bool, begin: int | None = None
+) -> Changes:
     before = known.files
     if clock_tells:
         touched = frozenset(path for path, what in now.files.items() if before.get(path) != what)
@@ -235,4 +256,4 @@ def _compared(now: Scan, known: Index, clock_tells: bool) -> Changes:
     here = now.files.keys() | now.folders.keys() | now.symlinks.keys()
     for path in (before.keys() | known.folders.keys() | known.symlinks.keys()) - here:
         others[path] = None
-    return Changes(now, touched, others)
+    return Changes(now, touched, others, begin)

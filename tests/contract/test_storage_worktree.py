@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from errors import Damaged, Refused
-from storage import fetch, manifest, scan, sealed
+from storage import fetch, manifest, scan, sealed, worktree
 from storage.contents import Store
 from storage.directory import Attempt, Directory
 from storage.listing import Listing
@@ -188,6 +188,7 @@ def with_a_clock_of(tick_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = scan.identity_of
     monkeypatch.setattr(scan, "identity_of", coarse)
     monkeypatch.setattr(fetch, "identity_of", coarse)
+    monkeypatch.setattr(worktree, "identity_of", coarse)
 
 
 def in_place(number: int, tree: Path) -> None:
@@ -251,7 +252,6 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a link now": both(gone, lambda tree: (tree / "a").symlink_to("/etc/passwd")),
     "a FIFO now": both(gone, lambda tree: os.mkfifo(tree / "a")),
     "a new one": lambda tree: (tree / "new").touch(),
-    "an untouched one": lambda tree: (tree / "old").write_text("!"),
     "a folder gone": lambda tree: (tree / "folder").rmdir(),
 }
 
@@ -287,6 +287,48 @@ def test_a_tree_that_changes_while_it_is_committed_is_refused(
     assert contents(directory.head()) == {"old": b"1"}
 
 
+def test_a_version_is_the_tree_of_one_moment(
+    root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the run left alone and that is written to after that moment is not in it."""
+    run(root, scratch, "t1", both(write("a", "1"), write("old", "1")))
+    attempt, tree = start(root, scratch, "t2")
+    write("a", "2")(tree.path)
+    real = Store.finish
+
+    def too_late(self: Store) -> None:
+        write("old", "too late")(tree.path)
+        real(self)
+
+    monkeypatch.setattr(Store, "finish", too_late)
+    attempt.commit(tree, None, attempt=1, node="n")
+    tree.release()
+    assert contents(Directory.open(root, "k").head()) == {"a": b"2", "old": b"1"}
+    seen: list[str] = []
+    monkeypatch.undo()
+    run(root, scratch, "t3", lambda tree: seen.append((tree / "old").read_text()))
+    assert seen == ["1"]
+
+
+@pytest.mark.parametrize("look", ["one that was there", "a new one"])
+def test_a_file_that_changes_while_the_tree_is_looked_at_is_refused(
+    look: str, root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look may have passed one of two files that belong together before both changed."""
+    run(root, scratch, "t1", write("a", "1"))
+    attempt, tree = start(root, scratch, "t2")
+    name = "a" if look == "one that was there" else "b"
+
+    def after_the_moment(path: Path) -> scan.Scan:
+        write(name, "new")(path)
+        return scan.scan(path)
+
+    monkeypatch.setattr(worktree, "scan", after_the_moment)
+    with pytest.raises(Refused, match="changed while it was committed"):
+        attempt.commit(tree, None, attempt=1, node="n")
+    assert Directory.open(root, "k").head().n == 1
+
+
 def test_a_file_that_changes_twice_in_one_tick_while_it_is_committed_is_seen(
     root: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,12 +336,11 @@ def test_a_file_that_changes_twice_in_one_tick_while_it_is_committed_is_seen(
     with_a_clock_of(1_000_000_000, monkeypatch)
     attempt, tree = start(root, scratch, "t1")
     write("a", "1")(tree.path)
-    settled, added = WorkTree.settle, Store.add
+    looked, added = scan.scan, Store.add
 
-    def then_rewritten(self: WorkTree) -> int | None:
-        begin = settled(self)
-        rewrite_in_place(self.path / "a", 2)
-        return begin
+    def rewritten_before(path: Path) -> scan.Scan:
+        rewrite_in_place(path / "a", 2)
+        return looked(path)
 
     def and_again(
         self: Store, local: Path, path: str, old: File | None, sparse: bool
@@ -308,7 +349,7 @@ def test_a_file_that_changes_twice_in_one_tick_while_it_is_committed_is_seen(
         rewrite_in_place(local, 3)
         return extents
 
-    monkeypatch.setattr(WorkTree, "settle", then_rewritten)
+    monkeypatch.setattr(worktree, "scan", rewritten_before)
     monkeypatch.setattr(Store, "add", and_again)
     with pytest.raises(Refused, match="changed while it was committed"):
         attempt.commit(tree, None, attempt=1, node="n")
