@@ -20,6 +20,7 @@ from typing import Any
 
 from celery import states
 from celery.backends.redis import RedisBackend
+from celery.result import AsyncResult
 from kombu.exceptions import EncodeError
 
 from broker.index import Announcement, Index, Placed
@@ -82,7 +83,7 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
         """Where outcomes lie."""
         return Index(self.client)
 
-    @property
+    @cached_property
     def root(self) -> Path | None:
         """The shared folder, if this process has it."""
         root = self.app.conf.get("cohort_root")
@@ -298,6 +299,8 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
         on_message: Any = None,
         **kwargs: Any,
     ) -> Any:
+        if isinstance(result, AsyncResult) and result._cache is not None:
+            return ()  # `add_pending_result` has found its outcome: there's nothing to wait for.
         return super()._wait_for_pending(
             result,
             timeout=timeout,
