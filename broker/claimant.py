@@ -8,6 +8,8 @@ A lease covers all of them. Its rules:
 - *Known* claims are named in each renewal, from before they are asked for until they have ended.
   What Redis holds for this incarnation and the worker doesn't know is a lost reply: it goes back.
   Claims are numbered, so that a renewal doesn't speak of those asked for after it was sent.
+- *Room*: it claims what fits beside what it holds, and ahead of that no more than a moment's work.
+  What it holds begins when it fits beside what runs.
 - *Failure*: a node that can't renew claims nothing. When its lease has ended its claims go back to
   the queues, and what it still finishes is told `superseded`.
 """
@@ -18,14 +20,22 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from broker.scripts import Claimed, Scripts
+from broker.needs import NONE, Needs, Room
+from broker.scripts import Asking, Claimed, Claims, Scripts
 
 CLAIM_PREFIX = "claim-"
 """What tells a claim id from a stock delivery tag, which is a UUID."""
+
+AHEAD = 0.1
+"""Seconds of work that may be claimed before there is room for it."""
+MOST_AT_ONCE = 64
+_NEW_WEIGHT = 0.3
+"""Of the last run in a task's recent run time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,28 @@ class NodeDescription:
     nonce: str
     life: str = ""
     """Names the segments that its process writes, through all its incarnations."""
+    gpus: int = 0
+    labels: tuple[str, ...] = ()
+
+
+@dataclass
+class _Held:
+    """One claim that brought a message."""
+
+    name: str
+    needs: Needs
+    since: float
+    begun: float = 0.0
+    runs: bool = False
+    """Whether it takes part of the room: from when it is handed to the pool."""
+
+
+@dataclass
+class Waiting:
+    """A claim that is to begin when there is room."""
+
+    claim_id: str
+    begin: Callable[[], object] = field(repr=False)
 
 
 class Claimant:
@@ -50,18 +82,28 @@ class Claimant:
         node: str,
         lease: float,
         describe: Callable[[str], NodeDescription],
+        *,
+        slots: Callable[[], int] = lambda: 1 << 20,
+        patience: float = 30.0,
     ) -> None:
+        """`slots`: how many processes the pool has. `patience`: after so many seconds a job that
+        fits no node at once gets one kept free for it.
+        """
         self.scripts = scripts
         self.node = node
         self.lease = lease
         self.on_finish: Callable[[str], object] | None = None
         """Who acknowledges: the node's writer, once the outcome is on disk."""
-        self.on_claim: Callable[[str, Claimed, str, Mapping[str, Any]], object] | None = None
-        """Who notes what was claimed: claim id, what it brought, its Redis list, its headers."""
+        self.on_claim: Callable[[Claimed, Mapping[str, Any]], object] | None = None
+        """Who notes what was claimed, and the headers of its message."""
         self._describe = describe
-        self._guard = threading.Lock()
+        self._slots = slots
+        self._patience_ms = int(patience * 1000)
+        self._guard = threading.RLock()
         self._known: set[str] = set()
-        self._begun: set[str] = set()
+        self._held: dict[str, _Held] = {}
+        self._waiting: deque[Waiting] = deque()
+        self._takes: dict[str, float] = {}
         self._sequence = 0
         self._begin_incarnation()
 
@@ -74,9 +116,20 @@ class Claimant:
         """`<node>:<incarnation>`, as the scripts know it."""
         return f"{self.node}:{self.incarnation}"
 
+    # The lease.
+
     def register(self) -> None:
         """Begin the lease of this incarnation."""
         description = self._describe(self.incarnation)
+        with self._guard:
+            held = list(self._held.values())
+            self._room = Room(
+                description.cpus, description.memory, description.gpus, description.labels
+            )
+            for one in held:
+                self._room.hold(one.needs)
+                if one.runs:
+                    self._room.run(one.needs)
         sent = time.monotonic()
         self.scripts.register(self.member, self.lease, json.dumps(asdict(description)))
         self.trusted_until = sent + self.lease
@@ -92,10 +145,13 @@ class Claimant:
         return word
 
     def rejoin(self) -> None:
-        """Begin a new incarnation. What the old one still runs has been given to others."""
+        """Begin a new incarnation. What the old one still runs has been given to others, and goes
+        on taking room here until it ends.
+        """
         with self._guard:
             self._known.clear()
-            self._begun.clear()
+            for claim_id in [c for c, held in self._held.items() if not held.runs]:
+                self._let_go(claim_id)
         self._begin_incarnation()
         self.register()
 
@@ -103,24 +159,131 @@ class Claimant:
         """End the lease and return what is left of its claims. How many went back."""
         return self.scripts.leave(self.member)
 
-    def expect(self) -> str:
-        """A new claim id. It is known from now on: the reply may be lost, the claim may not."""
+    # Claiming.
+
+    def ask(
+        self,
+        most: int,
+        queues: Sequence[str],
+        lists: Sequence[tuple[str, str]],
+        tops: Sequence[str],
+    ) -> Asking:
+        """Claims to be asked for. They are known from now on: the reply may be lost, they may not.
+        `answered` says what came of it, or `unanswered`.
+        """
+        most = max(1, min(most, MOST_AT_ONCE))
         with self._guard:
-            self._sequence += 1
-            claim_id = f"{CLAIM_PREFIX}{self.incarnation}-{self._sequence}"
-            self._known.add(claim_id)
-        return claim_id
+            first = self._sequence + 1
+            self._sequence += most
+            asking = Asking(
+                self.member,
+                f"{CLAIM_PREFIX}{self.incarnation}-",
+                first,
+                most,
+                self._what_fits(),
+                queues,
+                lists,
+                tops,
+            )
+            self._known.update(_ids(asking))
+        return asking
+
+    def answered(self, asking: Asking, claims: Claims) -> None:
+        """What it brought is held; the rest is nothing."""
+        now = time.monotonic()
+        with self._guard:
+            self._known.difference_update(_ids(asking))
+            for claimed in claims.claimed:
+                self._known.add(claimed.claim_id)
+                self._hold(claimed.claim_id, "", Needs.parse(claimed.needs), now)
+
+    def unanswered(self, asking: Asking) -> None:
+        """The connection broke. If Redis claimed something, the next renewal returns it."""
+        with self._guard:
+            self._known.difference_update(_ids(asking))
+
+    def named(self, claim_id: str, name: str) -> None:
+        """Which task it is."""
+        with self._guard:
+            held = self._held.get(claim_id)
+            if held is not None:
+                held.name = name
+
+    def needs(self, claim_id: str, needs: Needs) -> None:
+        """What it needs has turned out only now."""
+        with self._guard:
+            held = self._held.get(claim_id)
+            if held is not None:
+                self._room.hold(held.needs, -1)
+                held.needs = needs
+                self._room.hold(needs)
+
+    def has_spare(self, needs: Needs) -> bool:
+        """Whether it fits beside everything that is claimed."""
+        with self._guard:
+            return self._room.has_spare(needs)
+
+    def _hold(self, claim_id: str, name: str, needs: Needs, now: float) -> None:
+        self._held[claim_id] = _Held(name, needs, now)
+        self._room.hold(needs)
+
+    def _what_fits(self) -> str:
+        now, ahead = time.monotonic(), AHEAD
+        for held in self._held.values():
+            if held.begun:
+                # One that runs for longer than its like did: they may take as long.
+                if now - held.begun > self._takes.get(held.name, 0.0):
+                    self._takes[held.name] = now - held.begun
+            else:
+                ahead -= self._takes.get(held.name, AHEAD)
+        ahead = max(0.0, ahead)
+        takes = {n: int(t * 1e6) + 1 for n, t in self._takes.items() if t <= ahead}
+        return json.dumps(
+            {
+                "total": self._room.total,
+                "spare": self._room.spare,
+                "labels": self._room.labels,
+                "slots": self._slots() - len(self._held),
+                "ahead": int(ahead * 1e6),
+                "takes": takes,
+                "patience": self._patience_ms,
+            }
+        )
+
+    # Running.
+
+    def start(self, claim_id: str, begin: Callable[[], object]) -> None:
+        """Call `begin` when there is room beside what runs: now, or when something has ended."""
+        with self._guard:
+            self._waiting.append(Waiting(claim_id, begin))
+        self._start_waiting()
 
     def begin(self, claim_id: str) -> None:
         """The pool runs it: it outlives a lost connection."""
         with self._guard:
-            self._begun.add(claim_id)
+            held = self._held.get(claim_id)
+            if held is not None:
+                held.begun = time.monotonic()
+
+    def end(self, claim_id: str) -> None:
+        """The pool is done with it: its room is another's, though it may not be acknowledged yet."""
+        with self._guard:
+            held = self._held.get(claim_id)
+            if held is None:
+                return
+            if held.begun:
+                took = time.monotonic() - held.begun
+                before = self._takes.get(held.name, took)
+                self._takes[held.name] = before + _NEW_WEIGHT * (took - before)
+            self._let_go(claim_id)
+        self._start_waiting()
 
     def forget(self, claim_id: str) -> None:
         """It isn't ours, or no longer; if Redis thinks otherwise, the next renewal returns it."""
         with self._guard:
             self._known.discard(claim_id)
-            self._begun.discard(claim_id)
+            self._let_go(claim_id)
+        self._start_waiting()
 
     def knows(self, claim_id: str) -> bool:
         """Whether this claim is asked for or held."""
@@ -128,23 +291,72 @@ class Claimant:
 
     def has_begun(self, claim_id: str) -> bool:
         """Whether the pool runs it."""
-        return claim_id in self._begun
+        held = self._held.get(claim_id)
+        return held is not None and bool(held.begun)
 
     def running(self) -> int:
         """How many claims the pool runs."""
-        return len(self._begun)
+        with self._guard:
+            return sum(bool(held.begun) for held in self._held.values())
+
+    def overdue(self, seconds: float) -> list[str]:
+        """What was claimed so long ago and hasn't begun."""
+        before = time.monotonic() - seconds
+        with self._guard:
+            return [c for c, held in self._held.items() if not held.begun and held.since < before]
+
+    def _let_go(self, claim_id: str) -> None:
+        held = self._held.pop(claim_id, None)
+        if held is not None:
+            self._room.hold(held.needs, -1)
+            if held.runs:
+                self._room.run(held.needs, -1)
+
+    def _start_waiting(self) -> None:
+        while True:
+            with self._guard:
+                if not self._waiting:
+                    return
+                first = self._waiting[0]
+                held = self._held.get(first.claim_id)
+                if held is not None and not held.runs:
+                    if not self._room.fits_now(held.needs):
+                        return
+                    held.runs = True
+                    self._room.run(held.needs)
+                self._waiting.popleft()
+            first.begin()
+
+    # Ending.
 
     def finish(self, claim_id: str) -> None:
         """It has ended: acknowledge, after whatever has to be written first."""
         if self.on_finish is not None:
             self.on_finish(claim_id)
         else:
-            self.finish_now(claim_id)
+            self.finish_now([claim_id])
 
-    def finish_now(self, claim_id: str) -> Literal["finished", "superseded"]:
-        """Acknowledge at once, and forget it."""
+    def finish_now(
+        self, claim_ids: Sequence[str]
+    ) -> list[Literal["finished", "superseded"]]:
+        """Acknowledge at once, and forget them."""
         # The incarnation that claimed it is in its id: after a rejoin the old one's is gone.
-        word = self.scripts.finish(self.member, claim_id)
+        words = self.scripts.finish(self.member, claim_ids)
+        for claim_id in claim_ids:
+            self.forget(claim_id)
+        return words
+
+    def requeue(
+        self, claim_id: str, list_name: str, queue: str, payload: str, due_ms: int | None
+    ) -> Literal["finished", "superseded"]:
+        """Acknowledge it and put its task's next try, in one step."""
+        word = self.scripts.requeue(self.member, claim_id, list_name, queue, payload, due_ms)
+        self.forget(claim_id)
+        return word
+
+    def bury(self, claim_id: str, reason: str) -> Literal["finished", "superseded"]:
+        """Acknowledge it and keep it among the dead letters."""
+        word = self.scripts.bury(self.member, claim_id, reason)
         self.forget(claim_id)
         return word
 
@@ -152,3 +364,10 @@ class Claimant:
         """Return it to the front; `lost` counts against its limit of deliveries."""
         self.scripts.give_back(self.member, claim_id, lost=lost)
         self.forget(claim_id)
+
+
+def _ids(asking: Asking) -> list[str]:
+    return [f"{asking.prefix}{asking.first + n}" for n in range(asking.most)]
+
+
+__all__ = ["CLAIM_PREFIX", "NONE", "Claimant", "NodeDescription"]

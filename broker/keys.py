@@ -15,8 +15,19 @@ SEQUENCE = f"{TAG}sequence"
 """Counter: the order of arrival of parked jobs."""
 DELIVERIES = f"{TAG}deliveries"
 """Hash: task id -> how many of its deliveries were lost with their node or process."""
+WAITING = f"{TAG}waiting"
+"""Sorted set, all scores 0: `<shape> NUL <rank> NUL <claim>`, for a node that it fits."""
+SHAPES = f"{TAG}shapes"
+"""Hash: shape -> how many of it wait."""
+RESERVED = f"{TAG}reserved"
+"""Hash: `<node>:<incarnation>` -> `<shape> NUL <rank>` of the job that it keeps room for."""
+SPARE = f"{TAG}spare"
+"""Hash: `<node>:<incarnation>` -> CPUs, bytes of memory and GPUs that no claim of it needs."""
+SETTLED = f"{TAG}settled"
+"""Hash: task id -> why it has an outcome without having run (revoked, expired)."""
 DEAD = f"{TAG}dead"
-"""List, newest first, at most 1,000: elements of queues that aren't task messages."""
+"""Hash: task id -> why and when it was dead-lettered (JSON), NUL, its message. What isn't a task's
+message stands there under `element-<hash>`."""
 BELL = f"{TAG}bell"
 """List of rings: idle nodes block on it."""
 LEASES = f"{TAG}leases"
@@ -46,6 +57,11 @@ def put_once(task_id: str, retries: int) -> str:
 def claims(member: str) -> str:
     """Hash of one incarnation: claim id -> claim."""
     return f"{TAG}claims:{member}"
+
+
+def own_bell(member: str) -> str:
+    """List of rings for one incarnation: it has room again."""
+    return f"{TAG}bell:{member}"
 
 
 def delayed(queue: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import redis
 from redis.commands.core import Script
@@ -20,6 +20,23 @@ from broker import keys
 from errors import BrokerFull
 
 _LUA = Path(__file__).parent / "lua"
+_A_SCRIPT = 200
+"""Messages that one script touches, at most."""
+_CLAIM_KEYS = (
+    keys.LOCKS,
+    keys.PARKED,
+    keys.READY,
+    keys.SEQUENCE,
+    keys.DELIVERIES,
+    keys.BELL,
+    keys.LEASES,
+    keys.DEAD,
+    keys.WAITING,
+    keys.SHAPES,
+    keys.RESERVED,
+    keys.SETTLED,
+    keys.SPARE,
+)
 
 # At the memory limit new jobs are refused; those already accepted go on to their end.
 _EVEN_WHEN_FULL = "#!lua flags=allow-oom\n"
@@ -38,19 +55,45 @@ def sha_of(text: str) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-@dataclass(frozen=True)
-class Claimed:
+class Claimed(NamedTuple):
     """What a claim brought."""
 
+    claim_id: str
     queue: str
     payload: bytes
     lost_deliveries: int
     key: str
     qualified: bool
-    """Whether its key is known; for a stock producer's message the worker must find it."""
+    """Whether what it needs is known; for a stock producer's message the worker must find out."""
+    needs: str
+    """As `Needs.text`."""
+    settled: str
+    """Why it has an outcome without having run, or nothing: it is to be run."""
+    list_name: str
 
 
-ClaimReply = Claimed | Literal["nothing", "again", "expelled"]
+@dataclass(frozen=True)
+class Asking:
+    """Who claims what: of these `lists`, (Redis list, queue), the first is served first."""
+
+    member: str
+    prefix: str
+    """How the ids of the claims begin; a number follows."""
+    first: int
+    most: int
+    node: str
+    """What the node has and may claim (JSON, see claim.lua)."""
+    queues: Sequence[str]
+    lists: Sequence[tuple[str, str]]
+    tops: Sequence[str]
+    """For each list the last priority that it serves, as a digit."""
+
+
+class Claims(NamedTuple):
+    """The answer: "again" if there may be more, "all", or "expelled"."""
+
+    word: Literal["all", "again", "expelled"]
+    claimed: list[Claimed]
 
 
 class Scripts:
@@ -72,48 +115,58 @@ class Scripts:
         """Make the claim script known to a server that has forgotten it."""
         self.client.script_load(source("claim"))
 
-    def claim_command(
-        self, member: str, claim_id: str, queues: Sequence[str], lists: Sequence[tuple[str, str]]
-    ) -> list[Any]:
-        """The command that claims. `lists` are (Redis list, queue), the first served first."""
+    def claim_command(self, asking: Asking) -> list[Any]:
+        """The command that claims."""
         names = [
-            keys.claims(member),
-            keys.LOCKS,
-            keys.PARKED,
-            keys.READY,
-            keys.SEQUENCE,
-            keys.DELIVERIES,
-            keys.BELL,
-            keys.LEASES,
-            keys.DEAD,
-            *(keys.delayed(queue) for queue in queues),
-            *(name for name, _ in lists),
+            keys.claims(asking.member),
+            *_CLAIM_KEYS,
+            *map(keys.delayed, asking.queues),
+            *(name for name, _ in asking.lists),
         ]
-        arguments = [member, claim_id, len(queues), *queues, *(queue for _, queue in lists)]
-        return ["EVALSHA", self._claim_sha, len(names), *names, *arguments]
+        served = zip(asking.lists, asking.tops, strict=True)
+        return [
+            "EVALSHA",
+            self._claim_sha,
+            len(names),
+            *names,
+            asking.member,
+            asking.prefix,
+            asking.first,
+            asking.most,
+            asking.node,
+            len(asking.queues),
+            *asking.queues,
+            *(argument for (_, queue), top in served for argument in (queue, top)),
+        ]
 
     @staticmethod
-    def claim_reply(reply: Sequence[bytes]) -> ClaimReply:
+    def claim_reply(asking: Asking, reply: Sequence[Any]) -> Claims:
         """What the server said to `claim_command`."""
-        word = reply[0]
-        if word == b"claimed":
-            _, queue, payload, lost, key, ours = reply
-            return Claimed(queue.decode(), payload, int(lost), key.decode(), ours == b"1")
-        if word == b"again":
-            return "again"
-        return "expelled" if word == b"expelled" else "nothing"
+        claimed = [
+            Claimed(
+                f"{asking.prefix}{number}",
+                queue.decode(),
+                payload,
+                int(lost),
+                key.decode(),
+                qualified == b"1",
+                needs.decode(),
+                settled.decode(),
+                list_name.decode(),
+            )
+            for number, queue, payload, lost, key, qualified, needs, settled, list_name in reply[1:]
+        ]
+        return Claims(reply[0].decode(), claimed)
 
-    def claim(
-        self, member: str, claim_id: str, queues: Sequence[str], lists: Sequence[tuple[str, str]]
-    ) -> ClaimReply:
+    def claim(self, asking: Asking) -> Claims:
         """Claim over this client, waiting for the reply."""
-        command = self.claim_command(member, claim_id, queues, lists)
+        command = self.claim_command(asking)
         try:
             reply = self.client.execute_command(*command)  # type: ignore[no-untyped-call]
         except NoScriptError:
             self.load_claim()
             reply = self.client.execute_command(*command)  # type: ignore[no-untyped-call]
-        return self.claim_reply(reply)
+        return self.claim_reply(asking, reply)
 
     @cached_property
     def _put(self) -> Script:
@@ -140,9 +193,18 @@ class Scripts:
         return self._script("requalify")
 
     def requalify(
-        self, member: str, claim_id: str, queue: str, key: str, due_ms: int | None
-    ) -> Literal["locked", "parked", "delayed", "superseded"]:
-        """Give a bare claim its key or its due time. Only 'locked' leaves it with this node."""
+        self,
+        member: str,
+        claim_id: str,
+        queue: str,
+        key: str,
+        due_ms: int | None,
+        *,
+        needs: str = "",
+        conflict: str = "wait",
+        fits: bool = True,
+    ) -> Literal["locked", "settled", "parked", "delayed", "waiting", "superseded"]:
+        """Give a bare claim its key, needs or due time. Only the first two leave it here."""
         word: bytes = self._requalify(
             keys=[
                 keys.claims(member),
@@ -152,8 +214,17 @@ class Scripts:
                 keys.delayed(queue),
                 keys.READY,
                 keys.BELL,
+                keys.WAITING,
+                keys.SHAPES,
             ],
-            args=[claim_id, key, "" if due_ms is None else due_ms],
+            args=[
+                claim_id,
+                key,
+                "" if due_ms is None else due_ms,
+                needs,
+                conflict,
+                "1" if fits else "0",
+            ],
         )
         return word.decode()  # type: ignore[return-value]
 
@@ -161,20 +232,48 @@ class Scripts:
     def _finish(self) -> Script:
         return self._script("finish")
 
-    def finish(self, member: str, claim_id: str) -> Literal["finished", "superseded"]:
-        """Acknowledge a claim and hand its lock on."""
-        word = self._finish(
-            keys=[
-                keys.claims(member),
-                keys.LOCKS,
-                keys.PARKED,
-                keys.READY,
-                keys.DELIVERIES,
-                keys.BELL,
-            ],
-            args=[claim_id],
+    def finish(
+        self, member: str, claim_ids: Sequence[str]
+    ) -> list[Literal["finished", "superseded"]]:
+        """Acknowledge claims and hand their locks on."""
+        words: list[Any] = []
+        for at in range(0, len(claim_ids), _A_SCRIPT):
+            words += self._finish(
+                keys=[*_end_keys(member), keys.own_bell(member), keys.SETTLED],
+                args=list(claim_ids[at : at + _A_SCRIPT]),
+            )
+        return [word.decode() for word in words]
+
+    @cached_property
+    def _requeue(self) -> Script:
+        return self._script("requeue")
+
+    def requeue(
+        self,
+        member: str,
+        claim_id: str,
+        list_name: str,
+        queue: str,
+        payload: str,
+        due_ms: int | None,
+    ) -> Literal["finished", "superseded"]:
+        """Acknowledge a claim and put its task's next try, in one step."""
+        word: bytes = self._requeue(
+            keys=[*_end_keys(member), list_name, keys.delayed(queue)],
+            args=[claim_id, payload, "" if due_ms is None else due_ms],
         )
-        return "finished" if word == b"finished" else "superseded"
+        return word.decode()  # type: ignore[return-value]
+
+    @cached_property
+    def _bury(self) -> Script:
+        return self._script("bury")
+
+    def bury(
+        self, member: str, claim_id: str, reason: str
+    ) -> Literal["finished", "superseded"]:
+        """Acknowledge a claim and keep its message among the dead letters."""
+        word: bytes = self._bury(keys=[*_end_keys(member), keys.DEAD], args=[claim_id, reason])
+        return word.decode()  # type: ignore[return-value]
 
     @cached_property
     def _give_back(self) -> Script:
@@ -227,7 +326,14 @@ class Scripts:
         returned = 0
         while True:
             reply = self._reap(
-                keys=[*_return_keys(member), keys.LEASES, keys.NODES],
+                keys=[
+                    *_return_keys(member),
+                    keys.LEASES,
+                    keys.NODES,
+                    keys.SPARE,
+                    keys.RESERVED,
+                    keys.own_bell(member),
+                ],
                 args=[member, "1" if leaves else "0"],
             )
             if reply[0] == b"alive":
@@ -255,6 +361,17 @@ class Scripts:
         """Publish a task's state under a key, unless a final one stands there."""
         reply = self._announce(keys=[name], args=[1, int((expires or 0) * 1000), meta])
         return "announced" if reply[0] == b"announced" else "kept"
+
+
+def _end_keys(member: str) -> list[str]:
+    return [
+        keys.claims(member),
+        keys.LOCKS,
+        keys.PARKED,
+        keys.READY,
+        keys.DELIVERIES,
+        keys.BELL,
+    ]
 
 
 def _return_keys(member: str) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from queue import Empty
 from typing import Any
 
@@ -21,9 +23,10 @@ from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError
 
 from broker import journal, keys
-from broker.claimant import CLAIM_PREFIX, Claimant
+from broker.claimant import CLAIM_PREFIX, MOST_AT_ONCE, Claimant
 from broker.journal import Note
-from broker.scripts import Claimed, Scripts
+from broker.needs import Needs
+from broker.scripts import Asking, Claimed, Claims, Scripts
 from errors import Refused
 
 logger = get_logger(__name__)
@@ -37,7 +40,18 @@ def _nowhere(note: Note) -> float:
 
 _claimant: Claimant | None = None
 _write_down: Callable[[Note], float] = _nowhere
-_key_of: Callable[[Mapping[str, Any]], str] = lambda message: ""  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Qualities:
+    """What a message's task is, if its producer didn't say: a stock one knows nothing of it."""
+
+    key: str = ""
+    needs: Needs = Needs()
+    conflict: str = "wait"
+
+
+_qualities_of: Callable[[Mapping[str, Any]], Qualities] = lambda message: Qualities()  # noqa: E731
 
 
 def consume_as(claimant: Claimant | None) -> None:
@@ -51,10 +65,10 @@ def current_claimant() -> Claimant | None:
     return _claimant
 
 
-def qualify_with(key_of: Callable[[Mapping[str, Any]], str]) -> None:
-    """How to find the job key of a message that a stock producer wrote ('' for none)."""
-    global _key_of
-    _key_of = key_of
+def qualify_with(qualities_of: Callable[[Mapping[str, Any]], Qualities]) -> None:
+    """How to find out what a message is that a stock producer wrote."""
+    global _qualities_of
+    _qualities_of = qualities_of
 
 
 def note_with(write_down: Callable[[Note], float]) -> None:
@@ -89,8 +103,9 @@ class ClaimQoS(stock.QoS):  # type: ignore[misc]
 
     def ack(self, delivery_tag: str) -> None:
         if _claimant is not None and self._is_claim(delivery_tag):
-            _claimant.finish(delivery_tag)
             virtual.QoS.ack(self, delivery_tag)
+            _claimant.finish(delivery_tag)
+            _claimant.end(delivery_tag)
         else:
             super().ack(delivery_tag)
 
@@ -100,6 +115,7 @@ class ClaimQoS(stock.QoS):  # type: ignore[misc]
                 _claimant.give_back(delivery_tag)
             else:
                 _claimant.finish(delivery_tag)
+                _claimant.end(delivery_tag)
             virtual.QoS.ack(self, delivery_tag)
         else:
             super().reject(delivery_tag, requeue=requeue)
@@ -107,6 +123,8 @@ class ClaimQoS(stock.QoS):  # type: ignore[misc]
     def release(self, delivery_tag: str) -> None:
         """Its place is free for another; how its claim ends is up to the node."""
         virtual.QoS.ack(self, delivery_tag)
+        if _claimant is not None:
+            _claimant.end(delivery_tag)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         # What the pool runs goes on without its channel. The rest is forgotten, and the next
@@ -136,7 +154,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
                 "broker_transport_options: global_keyprefix isn't supported; "
                 "give each fleet a Redis database of its own"
             )
-        self._asked: str | None = None
+        self._asked: Asking | None = None
         self._idle = False
         self._refused = False
         self._scripts = Scripts(self._create_client())
@@ -177,38 +195,49 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
         if self._idle:
-            command: list[Any] = ["BRPOP", keys.BELL, _SAFETY_POLL]
+            own = keys.own_bell(_claimant.member)
+            command: list[Any] = ["BRPOP", keys.BELL, own, _SAFETY_POLL]
         else:
             lists = [
                 (self._q_for_pri(queue, priority), queue)
                 for priority in self.priority_steps
                 for queue in queues
             ]
-            self._asked = _claimant.expect()
-            command = self._scripts.claim_command(_claimant.member, self._asked, queues, lists)
+            tops = [top for top in self._tops for _ in queues]
+            most = self.qos.can_consume_max_estimate()
+            self._asked = _claimant.ask(MOST_AT_ONCE if most is None else most, queues, lists, tops)
+            command = self._scripts.claim_command(self._asked)
         self.client.connection.send_command(*command)
+
+    @cached_property
+    def _tops(self) -> list[str]:
+        """For each step of priority the last priority that it serves."""
+        after = [*self.priority_steps[1:], 10]
+        return [str(min(9, step - 1)) for step in after]
 
     def _brpop_read(self, **options: Any) -> bool:
         if self._asked is None and not self._idle:
             return bool(super()._brpop_read(**options))
         asked, self._asked = self._asked, None
-        claimed: Claimed | None = None
+        claims: Claims | None = None
         try:
             reply = self._read_reply("BRPOP" if asked is None else "EVALSHA", **options)
             if asked is None or reply is None:
                 self._idle = False
             else:
-                answer = Scripts.claim_reply(reply)
-                if isinstance(answer, Claimed):
-                    claimed = answer
-                else:
-                    self._idle = answer != "again"
+                claims = Scripts.claim_reply(asked, reply)
+                # Whatever is put after that look has rung the bell.
+                self._idle = claims.word != "again"
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-            if asked is not None and claimed is None and _claimant is not None:
-                _claimant.forget(asked)
-        if claimed is None or asked is None or not self._hand_over(asked, claimed):
+            if asked is not None and _claimant is not None:
+                if claims is None:
+                    _claimant.unanswered(asked)
+                else:
+                    _claimant.answered(asked, claims)
+        # Each of them, also when one of them can't be handed over.
+        if claims is None or not any([self._hand_over(claimed) for claimed in claims.claimed]):
             raise Empty
         return True
 
@@ -235,70 +264,92 @@ class Channel(stock.Channel):  # type: ignore[misc]
             self._refused = False
         return reply
 
-    def _hand_over(self, claim_id: str, claimed: Claimed) -> bool:
-        """Give a claimed message to the worker, unless it turns out not to be due or free."""
+    def _hand_over(self, claimed: Claimed) -> bool:
+        """Give a claimed message to the worker, unless it turns out not to be for it now."""
         assert _claimant is not None
         try:
-            message = self._qualified(claim_id, claimed)
-        except redis.RedisError as error:
+            message = self._qualified(claimed)
+        except (redis.RedisError, OSError) as error:
             # Not the worker's yet: the next renewal returns it.
-            _claimant.forget(claim_id)
-            if isinstance(error, self.connection_errors):
-                raise
+            _claimant.forget(claimed.claim_id)
             logger.error("queue %s: a claimed message goes back: %s", claimed.queue, error)
             return False
         if message is None:
             return False
         self._queue_cycle.rotate(claimed.queue)
         if _claimant.on_claim is not None:
-            priority = self._get_message_priority(message, reverse=False)
-            list_name = self._q_for_pri(claimed.queue, priority)
-            _claimant.on_claim(claim_id, claimed, list_name, message["headers"])
+            _claimant.on_claim(claimed, message["headers"])
         self.connection._deliver(message, claimed.queue)
         return True
 
-    def _qualified(self, claim_id: str, claimed: Claimed) -> dict[str, Any] | None:
+    def _qualified(self, claimed: Claimed) -> dict[str, Any] | None:
         assert _claimant is not None
-        message = self._read_message(claim_id, claimed)
+        message = self._read_message(claimed)
         if message is None:
             return None
-        headers = message["headers"]
+        headers, settled = message["headers"], claimed.settled
+        about = headers.get("cohort")
+        if not isinstance(about, dict):
+            about = {}
+        _claimant.named(claimed.claim_id, headers.get("task") or "")
         due = _due_ms(headers)
-        key = claimed.key if claimed.qualified else _key_of(message)
-        not_due = due is not None and due > time.time() * 1000
-        if not_due or (key and not claimed.qualified):
-            word = self._scripts.requalify(
-                _claimant.member, claim_id, claimed.queue, key, due if not_due else None
+        late = due is not None and due > time.time() * 1000
+        if not settled and (late or not claimed.qualified):
+            known = Qualities(claimed.key, Needs.parse(claimed.needs))
+            word = self._requalify(
+                claimed, known if claimed.qualified else _qualities_of(message), due if late else None
             )
-            if word != "locked":
-                _claimant.forget(claim_id)
+            if word not in ("locked", "settled"):
+                _claimant.forget(claimed.claim_id)
                 return None
+            settled = "skipped: its key was locked" if word == "settled" else ""
         # Redis has waited for it, on its own clock; the worker's needn't agree.
         headers["eta"] = None
-        if not isinstance(headers.get("cohort"), dict):
-            headers["cohort"] = {"key": key}
-        headers["cohort_claim"] = claim_id
+        headers["cohort"] = about
+        headers["cohort_claim"] = claimed.claim_id
         headers["cohort_lost"] = claimed.lost_deliveries
-        message["properties"]["delivery_tag"] = claim_id
+        if settled:
+            headers["cohort_settled"] = settled
+        message["properties"]["delivery_tag"] = claimed.claim_id
         return message
 
-    def _read_message(self, claim_id: str, claimed: Claimed) -> dict[str, Any] | None:
+    def _requalify(self, claimed: Claimed, qualities: Qualities, due: int | None) -> str:
+        """Tell Redis what the message of a stock producer is. 'locked': it may run."""
+        assert _claimant is not None
+        if due is None and qualities == Qualities():
+            return "locked"
+        # It is held already, as one that needs nothing.
+        fits = claimed.qualified or _claimant.has_spare(qualities.needs)
+        word = self._scripts.requalify(
+            _claimant.member,
+            claimed.claim_id,
+            claimed.queue,
+            qualities.key,
+            due,
+            needs=qualities.needs.text,
+            conflict=qualities.conflict,
+            fits=fits,
+        )
+        if word == "locked":
+            _claimant.needs(claimed.claim_id, qualities.needs)
+        return word
+
+    def _read_message(self, claimed: Claimed) -> dict[str, Any] | None:
         assert _claimant is not None
         try:
             message: dict[str, Any] = loads(claimed.payload.decode())
             self.Message(message, channel=self)
         except Exception:
-            # The server's JSON is laxer than ours. Kept aside first: twice there beats nowhere.
+            # The server's JSON is laxer than ours.
             logger.exception("queue %s: not a task message, moved to %s", claimed.queue, keys.DEAD)
-            self._scripts.client.lpush(keys.DEAD, claimed.payload)
-            _claimant.finish_now(claim_id)
+            _claimant.bury(claimed.claim_id, "it is no task message")
             return None
         return message
 
     def _drop_unanswered(self) -> None:
         # The connection broke between asking and reading. The renewal returns what was claimed.
         if self._asked is not None and _claimant is not None:
-            _claimant.forget(self._asked)
+            _claimant.unanswered(self._asked)
         self._asked = None
 
     def close(self) -> None:

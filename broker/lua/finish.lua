@@ -1,4 +1,4 @@
--- A claim has ended: acknowledge it, and hand its lock on to the first that waits.
+-- Claims have ended: acknowledge them, and hand each lock on to the first that waits.
 --
 -- KEYS  claims      hash        this incarnation's claims            finish, put back
 --       locks       hash        job key -> claim id or owed:<task>   finish
@@ -6,22 +6,34 @@
 --       ready       list        served before the queues             claim
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
--- ARGV  claim id
--- Returns 'finished', or 'superseded': the claim was reaped, another delivery decides.
+--       own bell    list        wakes this node: it has room         the woken, reap
+--       settled     hash        task id -> why it never ran          finish, sweep
+-- ARGV  claim ids, at most 200
+-- Returns for each 'finished', or 'superseded': it was reaped, another delivery decides.
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
-    bell = KEYS[6],
+    bell = KEYS[6], own_bell = KEYS[7], settled = KEYS[8],
 }
-local id = ARGV[1]
-local raw = redis.call('HGET', K.claims, id)
-if not raw then
-    return 'superseded'
+local words, over = {}, {}
+for i, raw in ipairs(redis.call('HMGET', K.claims, unpack(ARGV))) do
+    words[i] = 'superseded'
+    -- Twice in one call is once.
+    if raw and redis.call('HDEL', K.claims, ARGV[i]) == 1 then
+        words[i] = 'finished'
+        local claim = decode(raw)
+        over[#over + 1] = claim.task
+        if claim.key ~= '' and claim.settled == '' then
+            let_go(K, claim.key, ARGV[i])
+        end
+    end
 end
-local claim = cjson.decode(raw)
-redis.call('HDEL', K.claims, id)
-redis.call('HDEL', K.deliveries, claim.task)
-if claim.key ~= '' then
-    let_go(K, claim.key, id)
+for _, marks in ipairs({ K.deliveries, K.settled }) do
+    if #over > 0 and redis.call('EXISTS', marks) == 1 then
+        redis.call('HDEL', marks, unpack(over))
+    end
 end
-return 'finished'
+if redis.call('LLEN', K.own_bell) == 0 then
+    redis.call('LPUSH', K.own_bell, '1')
+end
+return words

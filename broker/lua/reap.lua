@@ -4,11 +4,14 @@
 --       locks       hash        job key -> claim id or owed:<task>   finish
 --       parked      sorted set  jobs that wait for a lock            hand on
 --       ready       list        served before the queues             claim
---       sequence    counter     order of arrival of parked jobs      nobody
+--       sequence    counter     order of arrival                    nobody
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
 --       leases      sorted set  incarnation -> end of its lease      this script
 --       nodes       hash        incarnation -> what it is            this script
+--       spare       hash        incarnation -> what it has left      this script
+--       reserved    hash        incarnation -> what it keeps room for  this script
+--       own bell    list        wakes this node                      this script
 -- ARGV  incarnation, '1' if it leaves by itself
 -- Returns {'alive'}, {'more', n} (the limit of 200 was reached) or {'reaped', n}.
 
@@ -31,4 +34,7 @@ for _, id in ipairs(redis.call('HKEYS', K.claims)) do
 end
 redis.call('ZREM', K.leases, member)
 redis.call('HDEL', K.nodes, member)
+redis.call('HDEL', KEYS[10], member)
+redis.call('HDEL', KEYS[11], member)
+redis.call('DEL', KEYS[12])
 return {'reaped', back}

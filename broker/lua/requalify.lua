@@ -1,25 +1,29 @@
--- A message of a stock producer was claimed bare; its worker has found out that it is keyed, or not due.
+-- A message of a stock producer was claimed bare; its worker has found out that it is keyed, needs
+-- room, or isn't due.
 --
 -- KEYS  claims    hash        this incarnation's claims            finish, put back
 --       locks     hash        job key -> claim id or owed:<task>   finish
 --       parked    sorted set  jobs that wait for a lock            hand on
---       sequence  counter     order of arrival of parked jobs      nobody
+--       sequence  counter     order of arrival                     nobody
 --       delayed   sorted set  the queue's messages by due time     claim moves on
 --       ready     list        served before the queues             claim
 --       bell      list        wakes idle nodes                     the woken
--- ARGV  claim id, job key or '', due time in ms or ''
--- Returns 'locked' (run it), 'parked', 'delayed' (not yours any more) or 'superseded'.
+--       waiting   sorted set  jobs that wait for a node they fit   claim
+--       shapes    hash        shape -> how many wait               claim
+-- ARGV  claim id, job key or '', due time in ms or '', needs or '', conflict, '1' if it fits this node
+-- Returns 'locked' (run it), 'settled' (yours, and over); not yours any more: 'parked', 'delayed',
+--         'waiting', 'superseded'.
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], sequence = KEYS[4], delayed = KEYS[5],
-    ready = KEYS[6], bell = KEYS[7],
+    ready = KEYS[6], bell = KEYS[7], waiting = KEYS[8], shapes = KEYS[9],
 }
-local id, key, due = ARGV[1], ARGV[2], ARGV[3]
+local id, key, due, needs, conflict, fits = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] == '1'
 local raw = redis.call('HGET', K.claims, id)
 if not raw then
     return 'superseded'
 end
-local claim = cjson.decode(raw)
+local claim = decode(raw)
 if due ~= '' and tonumber(due) > now_ms() then
     redis.call('HDEL', K.claims, id)
     redis.call('ZADD', K.delayed, due, claim.list .. '\0' .. claim.payload)
@@ -28,15 +32,24 @@ if due ~= '' and tonumber(due) > now_ms() then
     end
     return 'delayed'
 end
-claim.key, claim.bare = key, '0'
-if key ~= '' then
-    local holder = redis.call('HGET', K.locks, key)
-    if holder and holder ~= id then
-        redis.call('HDEL', K.claims, id)
-        park(K, claim)
+claim.key, claim.needs, claim.conflict, claim.bare = key, needs, conflict, '0'
+local holder = key ~= '' and redis.call('HGET', K.locks, key)
+if holder and holder ~= id then
+    redis.call('HDEL', K.claims, id)
+    if contend(K, claim) == 'parked' then
         return 'parked'
     end
+    redis.call('HSET', K.claims, id, encode(claim))
+    return 'settled'
+end
+if not fits then
+    redis.call('HDEL', K.claims, id)
+    set_aside(K, claim)
+    ring(K)
+    return 'waiting'
+end
+if key ~= '' then
     redis.call('HSET', K.locks, key, id)
 end
-redis.call('HSET', K.claims, id, cjson.encode(claim))
+redis.call('HSET', K.claims, id, encode(claim))
 return 'locked'

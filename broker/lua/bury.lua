@@ -1,0 +1,31 @@
+-- A claim has ended in an outcome that somebody should look into: acknowledged, and kept aside.
+--
+-- KEYS  claims      hash        this incarnation's claims            finish, put back
+--       locks       hash        job key -> claim id or owed:<task>   finish
+--       parked      sorted set  jobs that wait for a lock            hand on
+--       ready       list        served before the queues             claim
+--       deliveries  hash        task id -> lost deliveries           finish
+--       bell        list        wakes idle nodes                     the woken
+--       dead        hash        task id -> why and when, NUL, the message   an operator
+-- ARGV  claim id, why
+-- Returns 'finished', or 'superseded': the claim was reaped, another delivery decides.
+
+local K = {
+    claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
+    bell = KEYS[6], dead = KEYS[7],
+}
+local id, reason = ARGV[1], ARGV[2]
+local raw = redis.call('HGET', K.claims, id)
+if not raw then
+    return 'superseded'
+end
+local claim = decode(raw)
+redis.call('HDEL', K.claims, id)
+redis.call('HSET', K.dead, claim.task, cjson.encode({
+    reason = reason, time = string.format('%d', now_ms()), queue = claim.queue, list = claim.list,
+    lost = redis.call('HGET', K.deliveries, claim.task) or '0' }) .. '\0' .. claim.payload)
+redis.call('HDEL', K.deliveries, claim.task)
+if claim.key ~= '' and claim.settled == '' then
+    let_go(K, claim.key, id)
+end
+return 'finished'

@@ -1,0 +1,35 @@
+-- A claim has ended and its task is to be tried again: acknowledged and put in one step.
+--
+-- KEYS  claims      hash        this incarnation's claims            finish, put back
+--       locks       hash        job key -> claim id or owed:<task>   finish
+--       parked      sorted set  jobs that wait for a lock            hand on
+--       ready       list        served before the queues             claim
+--       deliveries  hash        task id -> lost deliveries           finish
+--       bell        list        wakes idle nodes                     the woken
+--       list        list        the queue, at the message's priority claim pops
+--       delayed     sorted set  the queue's messages by due time     claim moves on
+-- ARGV  claim id, message, due time in ms or ''
+-- Returns 'finished', or 'superseded': the claim was reaped, another delivery decides.
+
+local K = {
+    claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
+    bell = KEYS[6], list = KEYS[7], delayed = KEYS[8],
+}
+local id, message, due = ARGV[1], ARGV[2], ARGV[3]
+local raw = redis.call('HGET', K.claims, id)
+if not raw then
+    return 'superseded'
+end
+local claim = decode(raw)
+redis.call('HDEL', K.claims, id)
+redis.call('HDEL', K.deliveries, claim.task)
+if due ~= '' and tonumber(due) > now_ms() then
+    redis.call('ZADD', K.delayed, due, K.list .. '\0' .. message)
+else
+    redis.call('LPUSH', K.list, message)
+    ring(K)
+end
+if claim.key ~= '' and claim.settled == '' then
+    let_go(K, claim.key, id)
+end
+return 'finished'
