@@ -51,8 +51,9 @@ class GoesBack(Ignore):  # type: ignore[misc]
 
 def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run one attempt of a job. Returns its result; Celery's tracer does the rest."""
+    assert task.definition is not None
     key = _key_of(task, args, kwargs)
-    if key is None:
+    if key is None or not task.definition.directory:
         return _attempt_keyless(task, args, kwargs)
 
     settings = current()
@@ -95,7 +96,7 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 
 def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A job without a key: an empty directory, no lock, no commit; at least once."""
+    """A job without files of its own: an empty directory, no commit; at least once."""
     scratch = current().scratch
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="keyless-", dir=scratch))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import string
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from functools import cached_property
+from typing import Any, Literal, get_args, overload
 
 from celery import Celery, Task
 from celery.utils.functional import head_from_fun
@@ -26,6 +28,14 @@ from tasks.settings import current, parse_size, parse_span
 _HARD_LIMIT_GRACE = 30.0
 """Seconds that a job has to clean up after its timeout, before its process is killed."""
 
+_MEMORY = 512 << 20
+"""What a job that doesn't say how much memory it needs is given."""
+
+Conflict = Literal["wait", "skip", "replace"]
+"""What a submission does whose key is taken: it waits its turn; it is dropped; or it takes the
+place of the one that waits.
+"""
+
 
 @dataclass(frozen=True)
 class JobDefinition:
@@ -38,12 +48,34 @@ class JobDefinition:
     retries: int
     timeout: float | None
     after_commit: Callable[[Any], object] | None
+    gpus: int = 0
+    labels: tuple[str, ...] = ()
+    """What a node must be called to run it: each of them, in order, each once."""
+    conflict: Conflict = "wait"
+    directory: bool = True
+    """False: the key is a lock only. No directory, and an outcome like a keyless job's."""
+
+    @cached_property
+    def needs(self) -> dict[str, Any]:
+        """What the header `cohort` says of every submission: what differs from the default."""
+        said: tuple[tuple[str, Any, Any], ...] = (
+            ("cpus", self.cpus, 1),
+            ("memory", self.memory, _MEMORY),
+            ("gpus", self.gpus, 0),
+            ("labels", list(self.labels), []),
+            ("conflict", self.conflict, "wait"),
+        )
+        return {name: value for name, value, default in said if value != default}
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.function)
 
     def key_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """The key for these arguments, or None for a keyless job. Raises `InvalidKey`."""
         if self.key is None:
             return None
-        bound = inspect.signature(self.function).bind(None, *args, **kwargs)
+        bound = self._signature.bind(None, *args, **kwargs)
         bound.apply_defaults()
         try:
             key = self.key.format(**bound.arguments)
@@ -82,6 +114,7 @@ class JobTask(Task):  # type: ignore[misc]
         ):
             about["durable"] = "noted"  # A retry: the note of the first try stands for it.
         if self.definition is not None:
+            about.update(self.definition.needs)
             try:
                 key = self.definition.key_of(args or (), kwargs or {})
             except TypeError as error:
@@ -120,6 +153,10 @@ def job(
     retries: int = 0,
     timeout: str | float | None = None,
     after_commit: Callable[[Any], object] | None = None,
+    gpus: int = 0,
+    labels: Sequence[str] = (),
+    conflict: Conflict = "wait",
+    directory: bool = True,
     **options: Any,
 ) -> Callable[[Callable[..., Any]], JobTask]: ...
 
@@ -133,6 +170,10 @@ def job(
     retries: int = 0,
     timeout: str | float | None = None,
     after_commit: Callable[[Any], object] | None = None,
+    gpus: int = 0,
+    labels: Sequence[str] = (),
+    conflict: Conflict = "wait",
+    directory: bool = True,
     **options: Any,
 ) -> Any:
     """Make a function that takes a `Run` first into a Celery task of Cohort's app.
@@ -140,7 +181,11 @@ def job(
     `key` is a template over the function's arguments, `None` for a job without lock and directory.
     `retries` counts tries after the first. `timeout` is a span such as "2h". `after_commit` is
     called with the result once it is committed, and again if the job is delivered again: it must
-    be idempotent. Further options are Celery's.
+    be idempotent. It runs on a node with `gpus` to spare that bears every one of `labels`.
+
+    `conflict` says what becomes of a submission whose key is taken: "wait" for its turn, "skip" it,
+    or "replace" the one that waits. With `directory=False` the key is a lock and nothing else: the
+    run's directory is empty and its own, nothing is committed. Further options are Celery's.
     """
     if function is None:
         return functools.partial(
@@ -151,9 +196,25 @@ def job(
             retries=retries,
             timeout=timeout,
             after_commit=after_commit,
+            gpus=gpus,
+            labels=labels,
+            conflict=conflict,
+            directory=directory,
             **options,
         )
-    definition = _define(function, key, cpus, memory, retries, timeout, after_commit)
+    definition = _define(
+        function,
+        key,
+        cpus,
+        memory,
+        retries,
+        timeout,
+        after_commit,
+        gpus,
+        labels,
+        conflict,
+        directory,
+    )
     return _register(definition, options)
 
 
@@ -165,6 +226,10 @@ def _define(
     retries: int,
     timeout: str | float | None,
     after_commit: Callable[[Any], object] | None,
+    gpus: int,
+    labels: Sequence[str],
+    conflict: Conflict,
+    directory: bool,
 ) -> JobDefinition:
     name = f"@job {function.__qualname__}"
     parameters = list(inspect.signature(function).parameters)
@@ -176,10 +241,15 @@ def _define(
                 f"{name}: key {key!r} names {{{field}}}; its arguments are "
                 f"{', '.join(parameters[1:]) or 'none'}"
             )
-    counts: tuple[tuple[str, object, int], ...] = (("cpus", cpus, 1), ("retries", retries, 0))
+    counts: tuple[tuple[str, object, int], ...] = (
+        ("cpus", cpus, 1),
+        ("gpus", gpus, 0),
+        ("retries", retries, 0),
+    )
     for option, value, least in counts:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise Refused(f"{name}: {option} must be a whole number of at least {least}")
+    _check_key_options(name, key, conflict, directory)
     try:
         return JobDefinition(
             function=function,
@@ -189,9 +259,42 @@ def _define(
             retries=retries,
             timeout=None if timeout is None else parse_span(timeout),
             after_commit=after_commit,
+            gpus=gpus,
+            labels=_labels(labels, name),
+            conflict=conflict,
+            directory=directory,
         )
     except ValueError as error:
         raise Refused(f"{name}: memory or timeout: expected {error}") from None
+
+
+def _check_key_options(name: str, key: str | None, conflict: object, directory: object) -> None:
+    if conflict not in get_args(Conflict):
+        raise Refused(f"{name}: conflict must be one of {', '.join(get_args(Conflict))}")
+    if not isinstance(directory, bool):
+        raise Refused(f"{name}: directory must be True or False")
+    if key is None and conflict != "wait":
+        raise Refused(f"{name}: conflict={conflict!r} is about a key, and it has none: give it one")
+    if key is None and not directory:
+        raise Refused(
+            f"{name}: directory=False is about a key, and it has none: leave it out; "
+            "a job without a key has no lasting directory"
+        )
+
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:=/-]{0,62}")
+
+
+def _labels(labels: object, name: str) -> tuple[str, ...]:
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        raise Refused(f'{name}: labels must be a list of names, such as ["ssd"]')
+    for label in labels:
+        if not isinstance(label, str) or not _LABEL.fullmatch(label):
+            raise Refused(
+                f"{name}: label {ascii(label)[:60]} is none: 1 to 63 letters, digits and "
+                "'_', '.', ':', '=', '/' or '-', beginning with a letter or digit"
+            )
+    return tuple(sorted(set(labels)))
 
 
 def _fields_of(template: str, name: str) -> list[str]:

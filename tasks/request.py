@@ -123,7 +123,10 @@ class JobRequest(Request):  # type: ignore[misc]
 
     @property
     def key(self) -> str | None:
-        """Its job key, or None."""
+        """The key of its directory and log, or None: a key that is only a lock concerns Redis."""
+        definition = getattr(self.task, "definition", None)
+        if definition is not None and not definition.directory:
+            return None
         return (self.request_dict.get("cohort") or {}).get("key") or None
 
     @property

@@ -57,6 +57,17 @@ def count(run: Run, name: str, started: str = "", go: str = "", crash: bool = Fa
     return {"n": n + 1, "version": run.version, "attempt": run.attempt, "node": run.node}
 
 
+@job(key="turn-{name}", directory=False)
+def take_turns(run: Run, name: str, at_work: str, seconds: float = 0.05) -> dict[str, Any]:
+    """Its key is a lock: nobody else may be at work, and nothing of an earlier run is left."""
+    Path(at_work).mkdir()
+    time.sleep(seconds)
+    found = sorted(entry.name for entry in run.directory.iterdir())
+    (run.directory / "left").touch()
+    Path(at_work).rmdir()
+    return {"found": found, "version": run.version}
+
+
 @job(key="fail-{name}", retries=1)
 def fail(run: Run, name: str, times: int) -> int:
     """Fails for so many attempts, having soiled its directory."""

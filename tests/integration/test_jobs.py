@@ -65,6 +65,16 @@ def test_runs_of_one_key_take_turns_and_other_keys_pass_them(
     assert [result.get(timeout=20)["n"] for result in waiting] == list(range(2, 10))
 
 
+def test_a_key_that_is_only_a_lock_has_no_directory(producer: Producer, tmp_path: Path) -> None:
+    at_work = str(tmp_path / "at-work")
+    outcomes = [jobs.take_turns.delay("it", at_work) for _ in range(4)]
+    assert [outcome.get(timeout=20) for outcome in outcomes] == [{"found": [], "version": 0}] * 4
+    hard = jobs.take_turns.apply_async(("hard", at_work, 60.0), time_limit=1)
+    assert isinstance(producer.end_of(hard), TimeLimitExceeded)
+    # A log would be a promise of files.
+    assert not list((producer.fleet.root / "jobs").glob("turn-*"))
+
+
 def test_a_failed_attempt_leaves_no_trace_and_is_tried_again(
     producer: Producer, tmp_path: Path
 ) -> None:

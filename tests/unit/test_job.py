@@ -35,6 +35,11 @@ def tuned(run: Run, n: int) -> None:
     """A job with everything set."""
 
 
+@job(key="k-{n}", gpus=1, labels=["ssd", "arch=arm64", "ssd"], conflict="skip", directory=False)
+def picky(run: Run, n: int) -> None:
+    """A job with what only some nodes have."""
+
+
 def wrong(run: Run) -> None:
     """A function that is never to become a job."""
 
@@ -73,6 +78,20 @@ class TestDefinition:
         assert (definition.key, definition.retries, definition.timeout) == (None, 0, None)
         assert keyless.max_retries == 0
         assert keyless.time_limit is None
+        assert (definition.gpus, definition.labels) == (0, ())
+        assert (definition.conflict, definition.directory) == ("wait", True)
+        assert definition.needs == {}
+
+    def test_what_the_broker_is_told_is_what_differs(self) -> None:
+        assert tuned.definition is not None
+        assert tuned.definition.needs == {"cpus": 2, "memory": 3 << 29}
+        assert picky.definition is not None
+        assert picky.definition.directory is False
+        assert picky.definition.needs == {
+            "gpus": 1,
+            "labels": ["arch=arm64", "ssd"],
+            "conflict": "skip",
+        }
 
     @pytest.mark.parametrize(
         "key", ["x-{tabel}", "{}", "{0}", "{run}", "{table.name}", "{table[0]}"]
@@ -118,6 +137,9 @@ class TestDefinition:
             ("retries", "3"),
             ("retries", None),
             ("cpus", True),
+            ("gpus", -1),
+            ("gpus", True),
+            ("gpus", 0.5),
         ],
     )
     def test_numbers_that_are_none(self, option: str, value: Any) -> None:
@@ -130,6 +152,27 @@ class TestDefinition:
 
             @job(memory=value)
             def wrong(run: Run) -> None: ...
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"labels": "ssd"}, "labels must be a list"),
+            ({"labels": None}, "labels must be a list"),
+            ({"labels": ["ssd", ""]}, "label '' is none"),
+            ({"labels": ["a,b"]}, "label 'a,b' is none"),
+            ({"labels": [1]}, "label 1 is none"),
+            ({"labels": ["gr\u00f6\u00dfe"]}, "is none"),
+            ({"labels": ["x" * 64]}, "is none"),
+            ({"key": "k", "conflict": "queue"}, "conflict must be one of wait, skip, replace"),
+            ({"key": "k", "conflict": None}, "conflict must be one of"),
+            ({"key": "k", "directory": 0}, "directory must be True or False"),
+            ({"conflict": "skip"}, "conflict='skip' is about a key"),
+            ({"directory": False}, "directory=False is about a key"),
+        ],
+    )
+    def test_options_that_are_none(self, options: dict[str, Any], says: str) -> None:
+        with pytest.raises(Refused, match=f"wrong: .*{says}"):
+            job(**options)(wrong)
 
     @pytest.mark.parametrize("value", ["soon", "0s", 0, -5, "", "1 week", "inf"])
     def test_a_timeout_that_is_none(self, value: Any) -> None:
@@ -160,11 +203,20 @@ class TestKeyOfASubmission:
         self, sent: list[dict[str, Any]], submit: Callable[[], Any], key: str
     ) -> None:
         submit()
-        assert [call["headers"]["cohort"] for call in sent] == [{"key": key}]
+        (about,) = [call["headers"]["cohort"] for call in sent]
+        assert about["key"] == key
 
     def test_a_keyless_job_says_so(self, sent: list[dict[str, Any]]) -> None:
         keyless.delay(1)
         assert sent[0]["headers"] == {"cohort": {}}
+
+    def test_needs_travel_with_the_key(self, sent: list[dict[str, Any]]) -> None:
+        tuned.delay(7)
+        picky.delay(1)
+        assert [call["headers"]["cohort"] for call in sent] == [
+            {"key": "n-0007", "cpus": 2, "memory": 3 << 29},
+            {"key": "k-1", "gpus": 1, "labels": ["arch=arm64", "ssd"], "conflict": "skip"},
+        ]
 
     def test_other_headers_stay(self, sent: list[dict[str, Any]]) -> None:
         headers = {"mine": 1}
