@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from broker.needs import NONE, Needs, Room
+from broker.retry import Put
 from broker.scripts import Asking, Claimed, Claims, Scripts
 
 CLAIM_PREFIX = "claim-"
@@ -36,6 +37,10 @@ AHEAD = 0.1
 MOST_AT_ONCE = 64
 _NEW_WEIGHT = 0.3
 """Of the last run in a task's recent run time."""
+
+
+End = Put | str | None
+"""How a claim ends: a retry to be put with it, why it is a dead letter, or neither."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,17 @@ class NodeDescription:
 class _Held:
     """One claim that brought a message."""
 
-    name: str
+    claimed: Claimed
     needs: Needs
     since: float
     begun: float = 0.0
+    name: str = ""
     runs: bool = False
     """Whether it takes part of the room: from when it is handed to the pool."""
 
 
 @dataclass
-class Waiting:
+class _Waiting:
     """A claim that is to begin when there is room."""
 
     claim_id: str
@@ -92,7 +98,7 @@ class Claimant:
         self.scripts = scripts
         self.node = node
         self.lease = lease
-        self.on_finish: Callable[[str], object] | None = None
+        self.on_finish: Callable[[str, End], object] | None = None
         """Who acknowledges: the node's writer, once the outcome is on disk."""
         self.on_claim: Callable[[Claimed, Mapping[str, Any]], object] | None = None
         """Who notes what was claimed, and the headers of its message."""
@@ -102,8 +108,10 @@ class Claimant:
         self._guard = threading.RLock()
         self._known: set[str] = set()
         self._held: dict[str, _Held] = {}
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._starting = False
         self._takes: dict[str, float] = {}
+        self._ends: dict[str, End] = {}
         self._sequence = 0
         self._begin_incarnation()
 
@@ -195,7 +203,10 @@ class Claimant:
             self._known.difference_update(_ids(asking))
             for claimed in claims.claimed:
                 self._known.add(claimed.claim_id)
-                self._hold(claimed.claim_id, "", Needs.parse(claimed.needs), now)
+                # What is settled already takes no room.
+                needs = NONE if claimed.settled else Needs.parse(claimed.needs)
+                self._held[claimed.claim_id] = _Held(claimed, needs, now)
+                self._room.hold(needs)
 
     def unanswered(self, asking: Asking) -> None:
         """The connection broke. If Redis claimed something, the next renewal returns it."""
@@ -222,10 +233,6 @@ class Claimant:
         """Whether it fits beside everything that is claimed."""
         with self._guard:
             return self._room.has_spare(needs)
-
-    def _hold(self, claim_id: str, name: str, needs: Needs, now: float) -> None:
-        self._held[claim_id] = _Held(name, needs, now)
-        self._room.hold(needs)
 
     def _what_fits(self) -> str:
         now, ahead = time.monotonic(), AHEAD
@@ -255,7 +262,7 @@ class Claimant:
     def start(self, claim_id: str, begin: Callable[[], object]) -> None:
         """Call `begin` when there is room beside what runs: now, or when something has ended."""
         with self._guard:
-            self._waiting.append(Waiting(claim_id, begin))
+            self._waiting.append(_Waiting(claim_id, begin))
         self._start_waiting()
 
     def begin(self, claim_id: str) -> None:
@@ -289,6 +296,11 @@ class Claimant:
         """Whether this claim is asked for or held."""
         return claim_id in self._known
 
+    def claimed(self, claim_id: str) -> Claimed | None:
+        """What that claim brought, until it has ended."""
+        held = self._held.get(claim_id)
+        return None if held is None else held.claimed
+
     def has_begun(self, claim_id: str) -> bool:
         """Whether the pool runs it."""
         held = self._held.get(claim_id)
@@ -300,10 +312,10 @@ class Claimant:
             return sum(bool(held.begun) for held in self._held.values())
 
     def overdue(self, seconds: float) -> list[str]:
-        """What was claimed so long ago and hasn't begun."""
+        """What was claimed so long ago and isn't the pool's yet."""
         before = time.monotonic() - seconds
         with self._guard:
-            return [c for c, held in self._held.items() if not held.begun and held.since < before]
+            return [c for c, held in self._held.items() if not held.runs and held.since < before]
 
     def _let_go(self, claim_id: str) -> None:
         held = self._held.pop(claim_id, None)
@@ -313,52 +325,64 @@ class Claimant:
                 self._room.run(held.needs, -1)
 
     def _start_waiting(self) -> None:
-        while True:
-            with self._guard:
-                if not self._waiting:
-                    return
+        with self._guard:
+            if self._starting:
+                return  # Whoever is at it, maybe this thread further up, looks once more.
+            self._starting = True
+        while (begin := self._next_to_start()) is not None:
+            try:
+                begin()
+            except BaseException:
+                self._starting = False
+                raise
+
+    def _next_to_start(self) -> Callable[[], object] | None:
+        with self._guard:
+            if self._waiting:
                 first = self._waiting[0]
                 held = self._held.get(first.claim_id)
-                if held is not None and not held.runs:
-                    if not self._room.fits_now(held.needs):
-                        return
-                    held.runs = True
-                    self._room.run(held.needs)
-                self._waiting.popleft()
-            first.begin()
+                if held is None or self._may_start(held):
+                    if held is not None:
+                        held.runs = True
+                        self._room.run(held.needs)
+                    return self._waiting.popleft().begin
+            self._starting = False
+            return None
+
+    def _may_start(self, held: _Held) -> bool:
+        if held.claimed.settled:
+            return True
+        running = sum(other.runs for other in self._held.values())
+        return running < self._slots() and self._room.fits_now(held.needs)
 
     # Ending.
 
+    def ends_as(self, claim_id: str, end: End) -> None:
+        """Its end is to be more than an acknowledgement: a retry, or why it is a dead letter."""
+        self._ends[claim_id] = end
+
     def finish(self, claim_id: str) -> None:
         """It has ended: acknowledge, after whatever has to be written first."""
+        end = self._ends.pop(claim_id, None)
         if self.on_finish is not None:
-            self.on_finish(claim_id)
+            self.on_finish(claim_id, end)
         else:
-            self.finish_now([claim_id])
+            self.finish_now([claim_id], end)
 
     def finish_now(
-        self, claim_ids: Sequence[str]
+        self, claim_ids: Sequence[str], end: End = None
     ) -> list[Literal["finished", "superseded"]]:
         """Acknowledge at once, and forget them."""
         # The incarnation that claimed it is in its id: after a rejoin the old one's is gone.
-        words = self.scripts.finish(self.member, claim_ids)
+        if end is None:
+            words = self.scripts.finish(self.member, claim_ids)
+        elif isinstance(end, str):
+            words = [self.scripts.bury(self.member, claim_id, end) for claim_id in claim_ids]
+        else:
+            words = [self.scripts.requeue(self.member, claim_id, end) for claim_id in claim_ids]
         for claim_id in claim_ids:
             self.forget(claim_id)
         return words
-
-    def requeue(
-        self, claim_id: str, list_name: str, queue: str, payload: str, due_ms: int | None
-    ) -> Literal["finished", "superseded"]:
-        """Acknowledge it and put its task's next try, in one step."""
-        word = self.scripts.requeue(self.member, claim_id, list_name, queue, payload, due_ms)
-        self.forget(claim_id)
-        return word
-
-    def bury(self, claim_id: str, reason: str) -> Literal["finished", "superseded"]:
-        """Acknowledge it and keep it among the dead letters."""
-        word = self.scripts.bury(self.member, claim_id, reason)
-        self.forget(claim_id)
-        return word
 
     def give_back(self, claim_id: str, *, lost: bool = False) -> None:
         """Return it to the front; `lost` counts against its limit of deliveries."""
@@ -368,6 +392,3 @@ class Claimant:
 
 def _ids(asking: Asking) -> list[str]:
     return [f"{asking.prefix}{asking.first + n}" for n in range(asking.most)]
-
-
-__all__ = ["CLAIM_PREFIX", "NONE", "Claimant", "NodeDescription"]

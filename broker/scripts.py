@@ -17,6 +17,7 @@ from redis.commands.core import Script
 from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from broker import keys
+from broker.retry import Put
 from errors import BrokerFull
 
 _LUA = Path(__file__).parent / "lua"
@@ -248,19 +249,11 @@ class Scripts:
     def _requeue(self) -> Script:
         return self._script("requeue")
 
-    def requeue(
-        self,
-        member: str,
-        claim_id: str,
-        list_name: str,
-        queue: str,
-        payload: str,
-        due_ms: int | None,
-    ) -> Literal["finished", "superseded"]:
+    def requeue(self, member: str, claim_id: str, put: Put) -> Literal["finished", "superseded"]:
         """Acknowledge a claim and put its task's next try, in one step."""
         word: bytes = self._requeue(
-            keys=[*_end_keys(member), list_name, keys.delayed(queue)],
-            args=[claim_id, payload, "" if due_ms is None else due_ms],
+            keys=[*_end_keys(member), put.list_name, keys.delayed(put.queue)],
+            args=[claim_id, put.message, "" if put.due_ms is None else put.due_ms],
         )
         return word.decode()  # type: ignore[return-value]
 

@@ -22,7 +22,7 @@ from kombu.transport import virtual
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError
 
-from broker import journal, keys
+from broker import journal, keys, retry
 from broker.claimant import CLAIM_PREFIX, MOST_AT_ONCE, Claimant
 from broker.journal import Note
 from broker.needs import Needs
@@ -168,6 +168,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
             return
         priority = self._get_message_priority(message, reverse=False)
         list_name, text, due = self._q_for_pri(queue, priority), dumps(message), _due_ms(headers)
+        if retry.keep(str(headers.get("id")), retry.Put(queue, list_name, text, due)):
+            return
         if isinstance(headers["cohort"], dict) and headers["cohort"].get("durable") is True:
             note = journal.note_of(queue, list_name, text, due)
             # On disk before it is in Redis. Put again after a lost reply, it is there but once.
@@ -295,14 +297,18 @@ class Channel(stock.Channel):  # type: ignore[misc]
         due = _due_ms(headers)
         late = due is not None and due > time.time() * 1000
         if not settled and (late or not claimed.qualified):
-            known = Qualities(claimed.key, Needs.parse(claimed.needs))
-            word = self._requalify(
-                claimed, known if claimed.qualified else _qualities_of(message), due if late else None
+            qualities = (
+                Qualities(claimed.key, Needs.parse(claimed.needs))
+                if claimed.qualified
+                else _qualities_of(message)
             )
+            word = self._requalify(claimed, qualities, due if late else None)
             if word not in ("locked", "settled"):
                 _claimant.forget(claimed.claim_id)
                 return None
             settled = "skipped: its key was locked" if word == "settled" else ""
+            if qualities.key:
+                about = {**about, "key": qualities.key}
         # Redis has waited for it, on its own clock; the worker's needn't agree.
         headers["eta"] = None
         headers["cohort"] = about
@@ -342,7 +348,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         except Exception:
             # The server's JSON is laxer than ours.
             logger.exception("queue %s: not a task message, moved to %s", claimed.queue, keys.DEAD)
-            _claimant.bury(claimed.claim_id, "it is no task message")
+            _claimant.finish_now([claimed.claim_id], "it is no task message")
             return None
         return message
 

@@ -10,7 +10,7 @@ from celery import Celery
 from celery.schedules import crontab
 from kombu.transport import TRANSPORT_ALIASES
 
-from broker.transport import note_with, qualify_with
+from broker.transport import Qualities, note_with, qualify_with
 from errors import SettingsError
 from tasks.journal import write_down
 from tasks.settings import Settings, current
@@ -44,8 +44,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "worker_concurrency": settings.cpus,
-        # A claim holds its job's lock: none is taken before a process is free to run it.
-        "worker_prefetch_multiplier": 1,
+        "worker_consumer": "workers.consumer:FleetConsumer",
         "worker_send_task_events": True,
         "task_send_sent_event": True,
         "timezone": "UTC",
@@ -69,11 +68,11 @@ app.conf.update(configuration(_settings_or_exit()))
 app.steps["worker"].update({"workers.steps:NodeStep", "scheduler.duties:DutiesStep"})
 
 
-def _key_of_message(message: Any) -> str:
-    from tasks.job import key_of_message
+def _qualities_of_message(message: Any) -> Qualities:
+    from tasks.job import qualities_of_message
 
-    return key_of_message(app, message)
+    return qualities_of_message(app, message)
 
 
-qualify_with(_key_of_message)
+qualify_with(_qualities_of_message)
 note_with(lambda note: write_down(app, note))

@@ -22,6 +22,8 @@ from kombu.serialization import loads, prepare_accept_content
 
 from errors import CohortError, DeadLettered, InvalidKey, Refused
 from storage.keys import check_key
+from broker.needs import Needs
+from broker.transport import Qualities
 from tasks.journal import root_of
 from tasks.settings import current, parse_size, parse_span
 
@@ -56,16 +58,17 @@ class JobDefinition:
     """False: the key is a lock only. No directory, and an outcome like a keyless job's."""
 
     @cached_property
-    def needs(self) -> dict[str, Any]:
-        """What the header `cohort` says of every submission: what differs from the default."""
-        said: tuple[tuple[str, Any, Any], ...] = (
-            ("cpus", self.cpus, 1),
-            ("memory", self.memory, _MEMORY),
-            ("gpus", self.gpus, 0),
-            ("labels", list(self.labels), []),
-            ("conflict", self.conflict, "wait"),
-        )
-        return {name: value for name, value, default in said if value != default}
+    def needs(self) -> Needs:
+        """What a node must have to spare."""
+        return Needs(self.cpus, self.memory, self.gpus, frozenset(self.labels))
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What the header `cohort` says of every submission, for the broker to read."""
+        about = {"needs": self.needs.text}
+        if self.conflict != "wait":
+            about["conflict"] = self.conflict
+        return about
 
     @cached_property
     def _signature(self) -> inspect.Signature:
@@ -114,7 +117,7 @@ class JobTask(Task):  # type: ignore[misc]
         ):
             about["durable"] = "noted"  # A retry: the note of the first try stands for it.
         if self.definition is not None:
-            about.update(self.definition.needs)
+            about.update(self.definition.about)
             try:
                 key = self.definition.key_of(args or (), kwargs or {})
             except TypeError as error:
@@ -335,11 +338,17 @@ def _register(definition: JobDefinition, options: dict[str, Any]) -> JobTask:
     return task
 
 
-def key_of_message(app: Celery, message: Mapping[str, Any]) -> str:
-    """The job key of a message that a stock producer wrote; '' if it has none."""
+def qualities_of_message(app: Celery, message: Mapping[str, Any]) -> Qualities:
+    """What a message is that a stock producer wrote."""
     task = app.tasks.get(message["headers"].get("task"))
     definition: JobDefinition | None = getattr(task, "definition", None)
-    if definition is None or definition.key is None:
+    if definition is None:
+        return Qualities()
+    return Qualities(_key_in(definition, message), definition.needs, definition.conflict)
+
+
+def _key_in(definition: JobDefinition, message: Mapping[str, Any]) -> str:
+    if definition.key is None:
         return ""
     try:
         body = message["body"]

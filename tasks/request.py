@@ -21,7 +21,9 @@ from celery.utils.log import get_logger
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
+from broker.retry import Put, kept_retry
 from broker.transport import current_claimant
+from errors import DeadLettered
 from storage.log import State
 from tasks.attempt import GoesBack
 from tasks.results import Outcome, collected_outcomes
@@ -57,11 +59,16 @@ def run_on(node: Node | None) -> None:
     _node = node
 
 
-def trace_job(*args: Any, **kwargs: Any) -> tuple[int, Any, Any, list[Outcome]]:
-    """In the child: Celery's own tracer, with the final outcomes handed back beside its result."""
-    with collected_outcomes() as outcomes:
-        failed, value, runtime = fast_trace_task(*args, **kwargs)
-    return failed, value, runtime, outcomes
+Traced = tuple[int, Any, Any, list[Outcome], Put | None]
+
+
+def trace_job(name: str, task_id: str, *args: Any, **kwargs: Any) -> Traced:
+    """In the child: Celery's own tracer, with the final outcomes and the next try, if there is to
+    be one, handed back beside its result.
+    """
+    with collected_outcomes() as outcomes, kept_retry(task_id) as kept:
+        failed, value, runtime = fast_trace_task(name, task_id, *args, **kwargs)
+    return failed, value, runtime, outcomes, kept.put
 
 
 def _ends(failed: int, value: Any) -> bool:
@@ -130,6 +137,18 @@ class JobRequest(Request):  # type: ignore[misc]
         return (self.request_dict.get("cohort") or {}).get("key") or None
 
     @property
+    def settled(self) -> str:
+        """Why it has an outcome without having run, or nothing."""
+        return str(self.request_dict.get("cohort_settled") or "")
+
+    def revoked(self) -> bool:
+        """Whether it isn't to be run; then it has its outcome."""
+        if self.settled and not self._already_revoked:
+            self._announce_revoked(self.settled, False, None, False)
+            return True
+        return bool(super().revoked())
+
+    @property
     def attempt(self) -> int:
         """1 for the first try."""
         retries = self.request_dict.get("retries") or 0
@@ -142,6 +161,9 @@ class JobRequest(Request):  # type: ignore[misc]
 
     def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
         """Hand it to the pool."""
+        claimant = current_claimant()
+        if self.claim_id and claimant is not None and not claimant.knows(self.claim_id):
+            raise TaskRevokedError(self.id)  # It was given back before its turn came.
         if self.revoked():
             raise TaskRevokedError(self.id)
         hard, soft = self.time_limits
@@ -175,15 +197,26 @@ class JobRequest(Request):  # type: ignore[misc]
             self.child = Child(pid)
         super().on_accepted(pid, time_accepted)
 
-    def on_success(self, returned: tuple[int, Any, Any, list[Outcome]], **kwargs: Any) -> None:
+    def on_success(self, returned: Traced, **kwargs: Any) -> None:
         """The child has come to an end of its own: success, failure or retry."""
-        failed, value, runtime, outcomes = returned
+        failed, value, runtime, outcomes, retry = returned
+        self._end_with(failed, value, retry)
         if _node is not None:
             for outcome in outcomes:
                 _node.record(outcome)
             if not outcomes and _ends(failed, value):
                 _node.end(self)
         super().on_success((failed, value, runtime), **kwargs)
+
+    def _end_with(self, failed: int, value: Any, retry: Put | None) -> None:
+        claimant = current_claimant()
+        if claimant is None:
+            return
+        error = getattr(value.exception, "exc", value.exception) if failed else None
+        if retry is not None:
+            claimant.ends_as(self.claim_id, retry)
+        elif isinstance(error, DeadLettered):
+            claimant.ends_as(self.claim_id, str(error))
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit has passed."""
@@ -193,7 +226,7 @@ class JobRequest(Request):  # type: ignore[misc]
         logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
         if self.child is not None:
             self.child.kill()
-        self._settle()
+        self.settle()
         _node.conclude(self, "FAILURE", TimeLimitExceeded(timeout))
 
     def on_failure(
@@ -206,7 +239,7 @@ class JobRequest(Request):  # type: ignore[misc]
         if isinstance(error, WorkerLostError) and _node is not None:
             if not self.acknowledged:
                 logger.error("%s[%s]: %s; it goes back", self.name, self.id, error)
-                self._settle()
+                self.settle()
                 _node.give_back_lost(self)
             return
         if isinstance(error, GoesBack):
@@ -218,14 +251,15 @@ class JobRequest(Request):  # type: ignore[misc]
         super().on_failure(exc_info, send_failed_event, return_ok)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        if self.key is None or _node is None:
+        # One that never had its lock has no place in the log: its record would fence who has it.
+        if self.key is None or self.settled or _node is None:
             super()._announce_revoked(reason, terminated, signum, expired)
             if terminated and _node is not None:
                 _node.end_child(self)
             return
         if self.acknowledged:
             return
-        self._settle()
+        self.settle()
         self._already_revoked = True
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         _node.conclude(self, "REVOKED", TaskRevokedError(reason))
@@ -237,8 +271,8 @@ class JobRequest(Request):  # type: ignore[misc]
             expired=expired,
         )
 
-    def _settle(self) -> None:
-        # The pool is done with it; what becomes of its claim is the node's affair now.
+    def settle(self) -> None:
+        """The pool is done with it; what becomes of its claim is the node's affair now."""
         task_ready(self)
         self.acknowledged = True
         self.message.channel.qos.release(self.claim_id)

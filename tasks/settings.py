@@ -53,6 +53,19 @@ def _count(value: object) -> int:
     return int(str(value))
 
 
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
+        raise ValueError("a whole number")
+    return int(str(value))
+
+
+def _labels(value: object) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise ValueError("names, separated by commas")
+    return tuple(sorted({_name(str(name).strip()) for name in names if str(name).strip()}))
+
+
 def _lease(value: object) -> float:
     span = parse_span(value)
     if span < 1:
@@ -136,6 +149,9 @@ class Settings:
     """This machine's name in the fleet."""
     cpus: int = _setting(_count, factory=_default_cpus)
     memory: int = _setting(parse_size, factory=_default_memory)
+    gpus: int = _setting(_whole, 0)
+    labels: tuple[str, ...] = _setting(_labels, ())
+    """What this node may be asked for by name, such as `ssd`."""
     scratch: Path = _setting(_folder, factory=_default_scratch)
     """The node's own disk, for work trees."""
     state: Path = _setting(_folder, factory=_default_state)
@@ -148,7 +164,11 @@ class Settings:
     """Bytes that one job directory may hold; a run that leaves more is refused."""
     lease: float = _setting(_lease, 15.0)
     """How long a silent node keeps its claims."""
-    deliveries: int = _setting(_count, 3)
+    reserve_after: float = _setting(parse_span, 30.0)
+    """After so long a job that fits no node at once gets one kept free for it."""
+    unknown_grace: float = _setting(parse_span, 60.0)
+    """How long a task that no node knows is offered again before it is dead-lettered."""
+    deliveries: int = _setting(_count, 5)
     """How often a job may be lost with its node or process before it is dead-lettered."""
     stop_grace: float = _setting(parse_span, 10.0)
     """What a cancelled run is given before it is killed."""

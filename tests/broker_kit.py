@@ -17,7 +17,7 @@ import redis
 
 from broker import keys
 from broker.claimant import Claimant, NodeDescription
-from broker.scripts import Claimed, ClaimReply, Scripts
+from broker.scripts import Asking, Claimed, Claims, Scripts
 
 QUEUE = "celery"
 STEPS = (0, 3, 6, 9)
@@ -62,15 +62,49 @@ def message(
     )
 
 
-def task_of(reply: ClaimReply) -> str:
+def task_of(claimed: Claimed) -> str:
     """The task id that a claim brought."""
-    assert isinstance(reply, Claimed), reply
-    return str(json.loads(reply.payload)["headers"]["id"])
+    return str(json.loads(claimed.payload)["headers"]["id"])
+
+
+def node_json(
+    total: Sequence[int] = (64, 1 << 40, 8),
+    spare: Sequence[int] | None = None,
+    *,
+    labels: Sequence[str] = (),
+    slots: int = 1000,
+    ahead: int = 0,
+    takes: dict[str, int] | None = None,
+    patience: int = 30_000,
+) -> str:
+    """What a node tells when it claims: room for everything, unless a test says otherwise."""
+    return json.dumps(
+        {
+            "total": list(total),
+            "spare": list(total if spare is None else spare),
+            "labels": list(labels),
+            "slots": slots,
+            "ahead": ahead,
+            "takes": takes or {},
+            "patience": patience,
+        }
+    )
+
+
+TOPS = ("2", "5", "8", "9")
+
+
+def tops_of(*queues: str) -> list[str]:
+    """For each of `lists_of` the last priority that it serves."""
+    return [top for top in TOPS for _ in queues]
 
 
 def describe(incarnation: str) -> NodeDescription:
     """A node as small as can be."""
     return NodeDescription(cpus=1, memory=1 << 30, host="here", pid=1, nonce=incarnation)
+
+
+_WORDS = {"all": "nothing"}
 
 
 class Broker:
@@ -104,11 +138,32 @@ class Broker:
         self.scripts.register(member, lease, json.dumps({"cpus": 1}))
         return member
 
-    def ask(self, member: str, *queues: str) -> tuple[str, ClaimReply]:
-        """Claim once: the claim id, and the reply."""
+    def asking(
+        self,
+        member: str,
+        *queues: str,
+        most: int = 1,
+        node: str | None = None,
+        first: int | None = None,
+    ) -> Asking:
+        """What a worker asks for."""
         queues = queues or self.queues
-        claim_id = f"claim-{next(self._numbers)}"
-        return claim_id, self.scripts.claim(member, claim_id, queues, lists_of(*queues))
+        if first is None:
+            first = [next(self._numbers) for _ in range(most)][0]
+        node = node or node_json()
+        lists, tops = lists_of(*queues), tops_of(*queues)
+        return Asking(member, "claim-", first, most, node, queues, lists, tops)
+
+    def ask_for(self, most: int, member: str, *queues: str, node: str | None = None) -> Claims:
+        """Claim several."""
+        return self.scripts.claim(self.asking(member, *queues, most=most, node=node))
+
+    def ask(self, member: str, *queues: str) -> tuple[str, Claimed | str]:
+        """Claim once: the claim id, and what it brought or the word."""
+        asking = self.asking(member, *queues)
+        claims = self.scripts.claim(asking)
+        reply = claims.claimed[0] if claims.claimed else _WORDS.get(claims.word, claims.word)
+        return f"claim-{asking.first}", reply
 
     def claim(self, member: str, *queues: str) -> tuple[str, Claimed]:
         """Claim once, which must bring a message."""
@@ -128,9 +183,14 @@ class Broker:
             claim_id, reply = self.ask(member, *queues)
             if isinstance(reply, Claimed):
                 ran.append(task_of(reply))
-                assert self.scripts.finish(member, claim_id) == "finished"
+                assert self.finish(member, claim_id) == "finished"
             elif reply != "again":
                 return ran
+
+    def finish(self, member: str, claim_id: str) -> str:
+        """Acknowledge one."""
+        (word,) = self.scripts.finish(member, [claim_id])
+        return word
 
     def expire(self, member: str) -> None:
         """Let a lease end now."""
@@ -182,6 +242,9 @@ class Picture:
     delayed: dict[str, list[bytes]] = field(default_factory=dict)
     claims: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     parked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    waiting: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    """Shape, claim."""
+    shapes: dict[str, int] = field(default_factory=dict)
     ready: list[dict[str, str]] = field(default_factory=list)
     locks: dict[str, str] = field(default_factory=dict)
     deliveries: dict[str, int] = field(default_factory=dict)
@@ -194,7 +257,7 @@ class Picture:
         for waiting in (*self.lists.values(), *self.delayed.values()):
             payloads += waiting
         payloads += [claim["payload"] for claim in self.all_claims()]
-        payloads += [claim["payload"] for _, claim in self.parked]
+        payloads += [claim["payload"] for _, claim in (*self.parked, *self.waiting)]
         payloads += [claim["payload"] for claim in self.ready]
         return Counter(tag for payload in payloads if (tag := _tag_of(payload)) is not None)
 
@@ -210,16 +273,24 @@ def _tag_of(payload: bytes | str) -> str | None:
         return None  # A test's garbage.
 
 
+def _claim(raw: bytes) -> dict[str, str]:
+    facts, _, payload = raw.partition(b"\0")
+    claim: dict[str, str] = json.loads(facts)
+    return {**claim, "payload": payload.decode("utf-8", "surrogateescape")}
+
+
 def look(client: Any, queues: Sequence[str]) -> Picture:
     """Read every key."""
     picture = Picture()
     lists = {name for name, _ in lists_of(*queues)}
     delayed = {keys.delayed(queue) for queue in queues}
     others = {keys.SEQUENCE, keys.DEAD, keys.BELL, keys.FLEET, keys.SEGMENTS, keys.GENERATION}
+    others |= {keys.SPARE, keys.RESERVED, keys.SETTLED}
     # Kombu's own: bindings of exchanges, and what a stock consumer holds.
     # The index of outcomes, and marks of what was put once, have tests of their own.
     elsewhere = (keys.outcomes(0)[:-4], keys.put_once("", 0)[:-2])
     foreign = ("_kombu.", "unacked", "celery-task-meta-", keys.leader(""), *elsewhere)
+    foreign = (*foreign, keys.own_bell(""))
     for raw in list(client.scan_iter(count=1000)):
         name = raw.decode()
         if name in lists:
@@ -230,15 +301,21 @@ def look(client: Any, queues: Sequence[str]) -> Picture:
             ]
         elif name.startswith(keys.claims("")):
             picture.claims[name.removeprefix(keys.claims(""))] = {
-                claim_id.decode(): json.loads(claim)
+                claim_id.decode(): _claim(claim)
                 for claim_id, claim in client.hgetall(name).items()
             }
         elif name == keys.PARKED:
             for member in client.zrange(name, 0, -1):
                 key, _, claim = member.split(b"\0", 2)
-                picture.parked.append((key.decode(), json.loads(claim)))
+                picture.parked.append((key.decode(), _claim(claim)))
+        elif name == keys.WAITING:
+            for member in client.zrange(name, 0, -1):
+                shape, _, claim = member.split(b"\0", 2)
+                picture.waiting.append((shape.decode(), _claim(claim)))
+        elif name == keys.SHAPES:
+            picture.shapes = {k.decode(): int(v) for k, v in client.hgetall(name).items()}
         elif name == keys.READY:
-            picture.ready = [json.loads(claim) for claim in client.lrange(name, 0, -1)]
+            picture.ready = [_claim(claim) for claim in client.lrange(name, 0, -1)]
         elif name == keys.LOCKS:
             picture.locks = {k.decode(): v.decode() for k, v in client.hgetall(name).items()}
         elif name == keys.DELIVERIES:
@@ -258,7 +335,9 @@ def complain(picture: Picture, robbed: set[str]) -> Iterator[str]:
         yield f"nobody knows the key {name}"
     for key, holder in picture.locks.items():
         if holder.startswith("owed:"):
-            heirs = [c for c in picture.ready if c["key"] == key and f"owed:{c['task']}" == holder]
+            first = [*picture.ready, *(c for _, c in picture.waiting)]
+            heirs = [c for c in first if not c["settled"]]
+            heirs = [c for c in heirs if c["key"] == key and f"owed:{c['task']}" == holder]
             if len(heirs) != 1:
                 yield f"the lock of {key} is {holder}, which is {len(heirs)} times in ready"
         else:
@@ -267,10 +346,14 @@ def complain(picture: Picture, robbed: set[str]) -> Iterator[str]:
                 yield f"the lock of {key} is claimed by {holder}, which is {held}"
     for claim_id, claim in (item for held in picture.claims.values() for item in held.items()):
         key = claim["key"]
+        if claim["settled"]:
+            continue
         if key and claim_id not in robbed and picture.locks.get(key) != claim_id:
             yield f"{claim_id} runs {key}, but its lock is {picture.locks.get(key)}"
     for claim in picture.ready:
         key, owed = claim["key"], f"owed:{claim['task']}"
+        if claim["settled"]:
+            continue
         if key and owed not in robbed and picture.locks.get(key) != owed:
             yield f"{claim['task']} is ready for {key}, but its lock is {picture.locks.get(key)}"
     # Their end hands the lock on, though they have it no more.
@@ -279,17 +362,24 @@ def complain(picture: Picture, robbed: set[str]) -> Iterator[str]:
         for held in picture.claims.values()
         for claim_id, claim in held.items()
         if claim_id in robbed
-    } | {claim["key"] for claim in picture.ready if f"owed:{claim['task']}" in robbed}
+    } | {
+        claim["key"]
+        for claim in (*picture.ready, *(claim for _, claim in picture.waiting))
+        if f"owed:{claim['task']}" in robbed
+    }
     for key, claim in picture.parked:
         if claim["key"] != key:
             yield f"{claim['task']} is parked under {key}, but its key is {claim['key']}"
         if key not in picture.locks and key not in expected:
             yield f"{claim['task']} is parked for {key}, whose lock is free"
+    counted = Counter(shape for shape, _ in picture.waiting)
+    if counted != picture.shapes:
+        yield f"{counted} wait, but {picture.shapes} are counted"
     for tag, places in picture.places().items():
         if places != 1:
             yield f"the message {tag} is in {places} places"
     alive = {c["task"] for c in (*picture.all_claims(), *picture.ready)}
-    alive |= {claim["task"] for _, claim in picture.parked}
+    alive |= {claim["task"] for _, claim in (*picture.parked, *picture.waiting)}
     for payload in (m for waiting in picture.lists.values() for m in waiting):
         if _tag_of(payload) is not None:
             alive.add(json.loads(payload)["headers"]["id"])

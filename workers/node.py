@@ -13,6 +13,7 @@ from celery import states
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 
+from broker.claimant import Claimant
 from errors import CohortError
 from storage.directory import conclude_for
 from storage.log import Record, State
@@ -26,15 +27,20 @@ from workers.writer import Writer
 logger = get_logger(__name__)
 
 _PAUSE = 1.0
+_A_MOMENT = 0.5
+"""Seconds after which a claim that waits for its turn goes back."""
 
 
 class WorkerNode:
     """One worker's main process, for as long as it lives."""
 
-    def __init__(self, settings: Settings, root: Path, writer: Writer) -> None:
+    def __init__(
+        self, settings: Settings, root: Path, writer: Writer, claimant: Claimant
+    ) -> None:
         self._settings = settings
         self._root = root
         self._writer = writer
+        self._claimant = claimant
         self._stopped = threading.Event()
 
     def record(self, outcome: Outcome) -> None:
@@ -60,6 +66,20 @@ class WorkerNode:
     def stop(self) -> None:
         """Conclude nothing from now on; what is unsettled goes back with the lease."""
         self._stopped.set()
+
+    def give_back_overdue(self) -> None:
+        """What was claimed ahead for a moment and hasn't got its turn: others may have room."""
+        overdue = set(self._claimant.overdue(_A_MOMENT))
+        if not overdue:
+            return
+        for request in list(worker_state.reserved_requests):
+            if isinstance(request, JobRequest) and request.claim_id in overdue:
+                if request.task.rate_limit:
+                    continue  # Celery's own brake; it would be claimed again at once.
+                # Forgotten first: from here on its turn can't come any more.
+                self._claimant.forget(request.claim_id)
+                request.settle()
+                self._writer.give_back(request.claim_id, lost=False)
 
     def stop_keyless(self, pool: Any) -> None:
         """The lease can't be trusted: end what has no log to fence it. It runs again elsewhere."""

@@ -22,7 +22,7 @@ from errors import CohortError, SettingsError, WrongMount
 from storage import mount, mount_options
 from storage.segments import Entry, SegmentWriter
 from tasks.journal import entry_of
-from tasks.request import run_on
+from tasks.request import JobRequest, run_on
 from tasks.results import record_with
 from tasks.settings import Settings, current
 from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
@@ -34,6 +34,8 @@ from workers.writer import Writer
 logger = get_logger(__name__)
 
 _FLUSH_SECONDS = 10.0
+_LOOK_EVERY = 0.25
+"""Seconds between two looks for what was claimed ahead and didn't get its turn."""
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -87,12 +89,32 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             pid=os.getpid(),
             nonce=mount.leave_nonce(self._root, self._settings.node, incarnation),
             life=self.life,
+            gpus=self._settings.gpus,
+            labels=self._settings.labels,
         )
+
+    def create(self, worker: Any) -> None:
+        """What is claimed begins when there is room for it."""
+        process = worker.process_task
+
+        def process_when_there_is_room(request: Any) -> None:
+            claim_id = request.claim_id if isinstance(request, JobRequest) else ""
+            if claim_id:
+                self.claimant.start(claim_id, lambda: process(request))
+            else:
+                process(request)
+
+        worker.process_task = process_when_there_is_room
 
     def start(self, worker: Any) -> None:
         """Join the fleet."""
         self.claimant = Claimant(
-            Scripts(self._client), self._settings.node, self._settings.lease, self._describe
+            Scripts(self._client),
+            self._settings.node,
+            self._settings.lease,
+            self._describe,
+            slots=lambda: int(worker.pool.num_processes),
+            patience=self._settings.reserve_after,
         )
         self.life = self.claimant.incarnation
         backend = worker.app.backend
@@ -102,7 +124,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             backend,
             self._settings.journal_keep,
         )
-        self.node = WorkerNode(self._settings, self._root, self.writer)
+        self.node = WorkerNode(self._settings, self._root, self.writer, self.claimant)
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish
         self.claimant.on_claim = self._note
@@ -114,18 +136,17 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         record_with(self.writer.record)
         run_on(self.node)
         consume_as(self.claimant)
+        worker.timer.call_repeatedly(_LOOK_EVERY, self.node.give_back_overdue)
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
 
-    def _note(
-        self, claim_id: str, claimed: Claimed, list_name: str, headers: Mapping[str, Any]
-    ) -> None:
+    def _note(self, claimed: Claimed, headers: Mapping[str, Any]) -> None:
         def note() -> Entry:
             return entry_of(
-                note_of(claimed.queue, list_name, claimed.payload), self._settings.journal_keep
+                note_of(claimed.queue, claimed.list_name, claimed.payload), self._settings.journal_keep
             )
 
         durable = bool(headers["cohort"].get("durable"))
-        self.writer.begin(claim_id, headers["id"], note, durable=durable)
+        self.writer.begin(claimed.claim_id, headers["id"], note, durable=durable)
 
     def stop(self, worker: Any) -> None:
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""

@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 
 from celery.utils.log import get_logger
 
-from broker.claimant import Claimant
+from broker.claimant import Claimant, End
 from crashpoints import reach
 from errors import CohortError
 from storage.segments import Entry, Place, SegmentWriter
@@ -50,6 +50,7 @@ class Results(Protocol):
 @dataclass(frozen=True)
 class _Finish:
     claim_id: str
+    end: End = None
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ class Writer:
         """A final outcome: to who waits for it, and to disk."""
         self._orders.put(outcome)
 
-    def finish(self, claim_id: str) -> None:
+    def finish(self, claim_id: str, end: End = None) -> None:
         """A claim has ended; what was recorded before it is on disk when it is acknowledged."""
-        self._orders.put(_Finish(claim_id))
+        self._orders.put(_Finish(claim_id, end))
 
     def give_back(self, claim_id: str, *, lost: bool) -> None:
         """A claim goes back to the front."""
@@ -178,6 +179,8 @@ class Writer:
                 if not self._until_done("write outcomes", self._record, work):
                     return  # Nothing is acknowledged from here on.
                 reach("writer:after-segment")
+            if not self._until_done("tell Redis", self._acknowledge, orders):
+                return
             for order in orders:
                 if not self._until_done("tell Redis", self._carry_out, order):
                     return
@@ -234,13 +237,23 @@ class Writer:
             for outcome in outcomes
         ]
 
+    def _acknowledge(self, orders: Sequence[_Order]) -> None:
+        plain = [o.claim_id for o in orders if isinstance(o, _Finish) and o.end is None]
+        if plain:
+            self._finish(plain, None)
+
     def _carry_out(self, order: _Order) -> None:
         if isinstance(order, _GiveBack):
             self._claimant.give_back(order.claim_id, lost=order.lost)
-        elif isinstance(order, _Finish):
-            if self._claimant.finish_now(order.claim_id) == "superseded":
-                logger.warning("claim %s had gone to another node already", order.claim_id)
-            reach("writer:after-finish")
+        elif isinstance(order, _Finish) and order.end is not None:
+            self._finish([order.claim_id], order.end)
+
+    def _finish(self, claim_ids: Sequence[str], end: End) -> None:
+        words = self._claimant.finish_now(claim_ids, end)
+        for claim_id, word in zip(claim_ids, words, strict=True):
+            if word == "superseded":
+                logger.warning("claim %s had gone to another node already", claim_id)
+        reach("writer:after-finish")
 
     def _until_done(self, what: str, act: Callable[[T], object], subject: T) -> bool:
         """Try until it works: a full disk or an absent Redis may delay an outcome, not lose it.

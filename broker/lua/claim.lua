@@ -60,6 +60,7 @@ for i, raw in ipairs(redis.call('HMGET', K.claims, unpack(ids))) do
     end
 end
 if #reply > 1 then
+    reply[1] = 'again'
     return reply
 end
 
@@ -144,9 +145,11 @@ local function take(claim)
 end
 
 local any_settled = redis.call('HLEN', K.settled) > 0
+local just_settled = {}
 local function settle(claim)
     if any_settled and claim.settled == '' then
         claim.settled = redis.call('HGET', K.settled, claim.task) or ''
+        just_settled[claim] = claim.settled ~= ''
     end
 end
 
@@ -171,11 +174,9 @@ end
 
 -- One that is owed its lock, or came back.
 local function admit_first(claim)
-    if claim.settled == '' then
-        settle(claim)
-        if claim.settled ~= '' and claim.key ~= '' then
-            let_go(K, claim.key, 'owed:' .. claim.task)
-        end
+    settle(claim)
+    if just_settled[claim] and claim.key ~= '' then
+        let_go(K, claim.key, 'owed:' .. claim.task)
     end
     admit(claim, '0')
 end

@@ -26,14 +26,21 @@ from hypothesis.stateful import (
 
 from broker import keys
 from broker.claimant import Claimant, NodeDescription
-from broker.scripts import Claimed
-from tests.broker_kit import Broker, list_of, lists_of, look, message
+from broker.needs import Needs
+from broker.retry import Put
+from broker.scripts import Asking, Claimed, Claims
+from tests.broker_kit import Broker, list_of, lists_of, look, message, tops_of
 from tests.redis_server import RedisServer, running_redis
 
 QUEUES = ("a", "b")
 # Most of them meet in one key and one queue: what is to be found needs several of a key at once.
 SOME_KEY = st.sampled_from(["k", "k", "k", "k-2", None])
 SOME_QUEUE = st.sampled_from(["a", "a", "a", "b"])
+CPUS, MEMORY = 3, 10
+SOME_NEEDS = st.sampled_from(
+    [Needs(), Needs(1, 1), Needs(1, 1), Needs(1, 9), Needs(3, 1), Needs(1, 1, 0, frozenset({"big"}))]
+)
+"""All of them fit a node that has the label; the last node has it."""
 
 
 class Counted(Claimant):
@@ -56,7 +63,7 @@ class Worker:
     serves: tuple[str, ...] = QUEUES
 
 
-class Claims(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """The nodes, the messages, and what has become of them."""
 
     server: RedisServer
@@ -80,9 +87,13 @@ class Claims(RuleBasedStateMachine):
         """Claims that went elsewhere: ending them must change nothing."""
 
     def _join(self, name: str) -> Worker:
-        claimant = Counted(
-            self.broker.scripts, name, 3600, lambda nonce: NodeDescription(1, 1, "here", 1, nonce)
-        )
+        labels = ("big",) if name in ("node-1", "last") else ()
+
+        def describe(nonce: str) -> NodeDescription:
+            return NodeDescription(CPUS, MEMORY, "here", 1, nonce, labels=labels)
+
+        # Whoever waits gets a node reserved at once: it is to be seen here.
+        claimant = Counted(self.broker.scripts, name, 3600, describe, patience=0)
         claimant.register()
         return Worker(claimant)
 
@@ -90,9 +101,9 @@ class Claims(RuleBasedStateMachine):
     def all_have_work(self, keys: list[str | None]) -> None:
         """Nothing is found in an empty fleet."""
         for key in keys:
-            self.put(key, 0, "a", False)
-        self.claim(0, 1)
-        self.claim(1, 2)
+            self.put(key, 0, "a", False, Needs(), "wait")
+        self.claim(0, 1, 1)
+        self.claim(1, 2, 1)
 
     def _busy(self, number: int) -> Worker | None:
         """That worker if it runs something, else the next one that does."""
@@ -108,13 +119,19 @@ class Claims(RuleBasedStateMachine):
         priority=st.sampled_from([0, 5, 9]),
         queue=SOME_QUEUE,
         later=st.sampled_from([False, False, False, True]),
+        needs=SOME_NEEDS,
+        conflict=st.sampled_from(["wait", "wait", "wait", "skip", "replace"]),
     )
-    def put(self, key: str | None, priority: int, queue: str, later: bool) -> None:
+    def put(
+        self, key: str | None, priority: int, queue: str, later: bool, needs: Needs, conflict: str
+    ) -> None:
         """Our producer."""
         number = next(self.numbers)
         self.put_tags.add(f"tag-of-t{number}")
         due = self.broker.now_ms() + 3_600_000 if later else None
-        self.broker.put(f"t{number}", key, priority=priority, queue=queue, due_ms=due)
+        about = {"needs": needs.text, "conflict": conflict} | ({"key": key} if key else {})
+        options = {"priority": priority, "queue": queue, "due_ms": due, "cohort": about}
+        self.broker.put(f"t{number}", key, **options)
 
     @rule(key=SOME_KEY, queue=SOME_QUEUE)
     def put_as_stock(self, key: str | None, queue: str) -> None:
@@ -137,58 +154,106 @@ class Claims(RuleBasedStateMachine):
 
     workers_by_number = st.integers(0, 2)
 
-    def _ask(self, worker: Worker, claim_id: str) -> Any:
-        return self.broker.scripts.claim(
-            worker.claimant.member, claim_id, worker.serves, lists_of(*worker.serves)
-        )
+    def _asking(self, worker: Worker, most: int) -> Asking:
+        lists, tops = lists_of(*worker.serves), tops_of(*worker.serves)
+        return worker.claimant.ask(most, worker.serves, lists, tops)
 
-    def _serve(self, worker: Worker, claim_id: str, reply: Any) -> str:
-        """What the transport does with a reply. Whether anything was there."""
-        if not isinstance(reply, Claimed):
-            worker.claimant.forget(claim_id)
-            return str(reply)
-        tag = str(json.loads(reply.payload)["properties"]["delivery_tag"])
-        if not reply.qualified and tag in self.key_of:
+    def _serve(self, worker: Worker, asking: Asking, claims: Claims) -> str:
+        """What the transport does with a reply."""
+        assert len(claims.claimed) <= asking.most
+        worker.claimant.answered(asking, claims)
+        for claimed in claims.claimed:
+            self._serve_one(worker, claimed)
+        used = [0, 0]
+        for held in worker.claimant._held.values():
+            used[0] += held.needs.cpus
+            used[1] += held.needs.memory
+        assert used[0] <= CPUS and used[1] <= MEMORY, "more was claimed than there is"
+        return claims.word if claims.claimed or claims.word == "again" else "nothing"
+
+    def _serve_one(self, worker: Worker, claimed: Claimed) -> None:
+        claim_id = claimed.claim_id
+        tag = str(json.loads(claimed.payload)["properties"]["delivery_tag"])
+        if not claimed.qualified and tag in self.key_of and not claimed.settled:
             word = self.broker.scripts.requalify(
-                worker.claimant.member, claim_id, reply.queue, self.key_of[tag], None
+                worker.claimant.member, claim_id, claimed.queue, self.key_of[tag], None
             )
             if word != "locked":
                 assert word == "parked"
                 worker.claimant.forget(claim_id)
-                return "again"
-        elif tag in self.key_of:
-            assert reply.key == self.key_of[tag], "it runs without its lock"
+                return
+        elif tag in self.key_of and not claimed.settled:
+            assert claimed.key == self.key_of[tag], "it runs without its lock"
         worker.running[claim_id] = tag
-        key = self.key_of.get(tag) or reply.key
-        if key:
+        key = self.key_of.get(tag) or claimed.key
+        if key and not claimed.settled:
             self.running_key[claim_id] = key
-        return "claimed"
 
-    @rule(number=workers_by_number, times=st.integers(1, 3))
-    def claim(self, number: int, times: int) -> None:
+    @rule(number=workers_by_number, times=st.integers(1, 3), most=st.sampled_from([1, 1, 3]))
+    def claim(self, number: int, times: int, most: int) -> None:
         """Claim and begin."""
         worker = self.workers[number]
         for _ in range(times):
-            claim_id = worker.claimant.expect()
-            self._serve(worker, claim_id, self._ask(worker, claim_id))
+            asking = self._asking(worker, most)
+            self._serve(worker, asking, self.broker.scripts.claim(asking))
 
-    @rule(number=workers_by_number)
-    def claim_with_the_reply_lost(self, number: int) -> None:
+    @rule(number=workers_by_number, most=st.sampled_from([1, 3]))
+    def claim_with_the_reply_lost(self, number: int, most: int) -> None:
         """The claim happened, the worker doesn't know."""
         worker = self.workers[number]
-        claim_id = worker.claimant.expect()
-        self._ask(worker, claim_id)
-        worker.claimant.forget(claim_id)
+        asking = self._asking(worker, most)
+        self.broker.scripts.claim(asking)
+        worker.claimant.unanswered(asking)
 
-    @rule(number=workers_by_number)
-    def claim_asked_twice(self, number: int) -> None:
+    @rule(number=workers_by_number, most=st.sampled_from([1, 3]))
+    def claim_asked_twice(self, number: int, most: int) -> None:
         """The client library tried again."""
         worker = self.workers[number]
-        claim_id = worker.claimant.expect()
-        first = self._ask(worker, claim_id)
-        again = self._ask(worker, claim_id)
-        assert not isinstance(first, Claimed) or again == first
-        self._serve(worker, claim_id, again)
+        asking = self._asking(worker, most)
+        first = self.broker.scripts.claim(asking)
+        again = self.broker.scripts.claim(asking)
+        assert not first.claimed or again.claimed == first.claimed
+        self._serve(worker, asking, again)
+
+    @rule(number=st.integers(1, 40))
+    def settle(self, number: int) -> None:
+        """It is revoked, wherever it waits."""
+        self.client.hset(keys.SETTLED, f"t{number}", "revoked")
+
+    @precondition(lambda self: self._busy(0))
+    @rule(number=workers_by_number, which=st.integers(0, 9), later=st.booleans())
+    def retry(self, number: int, which: int, later: bool) -> None:
+        """A run ends and is to be tried again."""
+        worker = self._busy(number)
+        assert worker is not None
+        claim_id = list(worker.running)[which % len(worker.running)]
+        tag = worker.running.pop(claim_id)
+        task = tag.removeprefix("tag-of-")
+        new = f"{tag}+"
+        due = self.broker.now_ms() + 3_600_000 if later else None
+        put = Put("a", list_of("a"), message(task, self.key_of.get(tag), tag=new), due)
+        (word,) = worker.claimant.finish_now([claim_id], put)
+        assert word == ("superseded" if claim_id in self.superseded else "finished")
+        if word == "finished":
+            self.finished.add(tag)
+            self.put_tags.add(new)
+            if tag in self.key_of:
+                self.key_of[new] = self.key_of[tag]
+
+    @precondition(lambda self: self._busy(0))
+    @rule(number=workers_by_number, which=st.integers(0, 9))
+    def bury(self, number: int, which: int) -> None:
+        """A run ends as a dead letter."""
+        worker = self._busy(number)
+        assert worker is not None
+        claim_id = list(worker.running)[which % len(worker.running)]
+        tag = worker.running.pop(claim_id)
+        (word,) = worker.claimant.finish_now([claim_id], "it is dead")
+        assert word == ("superseded" if claim_id in self.superseded else "finished")
+        if word == "finished":
+            self.finished.add(tag)
+            kept = self.client.hget(keys.DEAD, tag.removeprefix("tag-of-").rstrip("+"))
+            assert tag.encode() in kept
 
     @rule(number=workers_by_number, claims_meanwhile=st.booleans())
     def renew(self, number: int, claims_meanwhile: bool) -> None:
@@ -199,7 +264,7 @@ class Claims(RuleBasedStateMachine):
             renew = scripts.renew
 
             def late(*arguments: Any) -> Any:
-                self.claim(number, 1)
+                self.claim(number, 1, 1)
                 return renew(*arguments)
 
             replaced: Any = _With(scripts, renew=late)
@@ -220,7 +285,7 @@ class Claims(RuleBasedStateMachine):
         assert worker is not None
         claim_id = list(worker.running)[which % len(worker.running)]
         tag = worker.running.pop(claim_id)
-        word = worker.claimant.finish_now(claim_id)
+        (word,) = worker.claimant.finish_now([claim_id])
         if claim_id in self.superseded:
             assert word == "superseded"
         else:
@@ -283,12 +348,12 @@ class Claims(RuleBasedStateMachine):
             return
         key = self.running_key[keyed[-1]]
         if parks:
-            self.put(key, 0, "a", False)
-            self.claim(other, 2)
+            self.put(key, 0, "a", False, Needs(), "wait")
+            self.claim(other, 2, 1)
         self.broker.steal_lock(key)
         if not parks:
-            self.put(key, 0, "a", False)
-            self.claim(other, 2)
+            self.put(key, 0, "a", False, Needs(), "wait")
+            self.claim(other, 2, 1)
 
     # What holds at all times.
 
@@ -311,12 +376,13 @@ class Claims(RuleBasedStateMachine):
             self.broker.scripts.reap(worker.claimant.member)
         self.time_passes()
         last = self._join("last")
-        word = "claimed"
-        while word in ("claimed", "again"):
-            claim_id = last.claimant.expect()
-            word = self._serve(last, claim_id, self._ask(last, claim_id))
+        idle = 0
+        while idle < 2:
+            asking = self._asking(last, 5)
+            word = self._serve(last, asking, self.broker.scripts.claim(asking))
+            idle = idle + 1 if word == "nothing" else 0
             for held, tag in last.running.items():
-                assert last.claimant.finish_now(held) == "finished"
+                assert last.claimant.finish_now([held]) == ["finished"]
                 assert tag not in self.finished, "a second end of the same message"
                 self.finished.add(tag)
             last.running.clear()
@@ -341,13 +407,13 @@ class _With:
 @pytest.fixture(scope="module", autouse=True)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One server for all examples."""
-    with running_redis(tmp_path_factory.mktemp("redis")) as Claims.server:
+    with running_redis(tmp_path_factory.mktemp("redis")) as Machine.server:
         yield
 
 
 def _run(examples: int, steps: int, *phases: Phase) -> None:
     run_state_machine_as_test(
-        Claims,
+        Machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
