@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import redis
 
 from broker import keys
+from broker.needs import NONE, Needs
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class NodeInfo:
     """Claims that it holds."""
     life: str = ""
     """Names the segments that its process writes."""
+    gpus: int = 0
+    labels: tuple[str, ...] = ()
+    spare: Needs = NONE
+    """What no claim of it needs."""
 
     @property
     def is_live(self) -> bool:
@@ -38,15 +43,16 @@ def list_nodes(client: redis.Redis) -> list[NodeInfo]:
     with client.pipeline() as pipeline:
         pipeline.zrange(keys.LEASES, 0, -1, withscores=True)
         pipeline.hgetall(keys.NODES)
+        pipeline.hgetall(keys.SPARE)
         pipeline.time()
-        leases, descriptions, (seconds, micros) = pipeline.execute()
+        leases, descriptions, spares, (seconds, micros) = pipeline.execute()
     now = seconds + micros / 1e6
     nodes = []
     for raw, ends in leases:
         described = descriptions.get(raw)
         if described is None:
             continue
-        member = raw.decode()
+        member, told = raw.decode(), json.loads(described)
         node, _, incarnation = member.rpartition(":")
         nodes.append(
             NodeInfo(
@@ -54,7 +60,8 @@ def list_nodes(client: redis.Redis) -> list[NodeInfo]:
                 incarnation=incarnation,
                 lease_left=ends / 1000 - now,
                 running=client.hlen(keys.claims(member)),
-                **json.loads(described),
+                spare=Needs.parse(spares.get(raw, b"").decode()),
+                **{**told, "labels": tuple(told.get("labels", ()))},
             )
         )
     return sorted(nodes, key=lambda info: (info.node, info.incarnation))

@@ -8,7 +8,8 @@ lock move in one script. An idle worker blocks on the bell and looks again every
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -238,10 +239,23 @@ class Channel(stock.Channel):  # type: ignore[misc]
                     _claimant.unanswered(asked)
                 else:
                     _claimant.answered(asked, claims)
-        # Each of them, also when one of them can't be handed over.
-        if claims is None or not any([self._hand_over(claimed) for claimed in claims.claimed]):
+        if claims is None or not self._hand_over_all(claims.claimed):
             raise Empty
         return True
+
+    def _hand_over_all(self, claimed: Sequence[Claimed]) -> bool:
+        """Whether there was one for the worker."""
+        handed, left = 0, deque(claimed)
+        try:
+            while left:
+                handed += self._hand_over(left.popleft())
+        except BaseException:
+            # Nobody would ever begin them: the next renewal returns them.
+            for one in left:
+                if _claimant is not None:
+                    _claimant.forget(one.claim_id)
+            raise
+        return handed > 0
 
     def _read_reply(self, command: str, **options: Any) -> Any:
         try:
@@ -292,7 +306,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         headers, settled = message["headers"], claimed.settled
         about = headers.get("cohort")
         if not isinstance(about, dict):
-            about = {}
+            about = {"key": claimed.key}
         _claimant.named(claimed.claim_id, headers.get("task") or "")
         due = _due_ms(headers)
         late = due is not None and due > time.time() * 1000
@@ -307,8 +321,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
                 _claimant.forget(claimed.claim_id)
                 return None
             settled = "skipped: its key was locked" if word == "settled" else ""
-            if qualities.key:
-                about = {**about, "key": qualities.key}
+            if not claimed.qualified:
+                about = {"key": qualities.key}
         # Redis has waited for it, on its own clock; the worker's needn't agree.
         headers["eta"] = None
         headers["cohort"] = about

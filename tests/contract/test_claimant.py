@@ -11,8 +11,8 @@ import redis
 import broker.claimant
 from broker import keys, nodes
 from broker.claimant import CLAIM_PREFIX, Claimant
-from broker.scripts import Claimed
-from tests.broker_kit import QUEUE, Broker, lists_of
+from broker.scripts import Asking
+from tests.broker_kit import QUEUE, Broker, lists_of, tops_of
 from tests.redis_server import RedisServer
 
 
@@ -37,10 +37,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def claim(claimant: Claimant) -> str:
     """Claim one message, which must be there."""
-    claim_id = claimant.expect()
-    reply = claimant.scripts.claim(claimant.member, claim_id, (QUEUE,), lists_of(QUEUE))
-    assert isinstance(reply, Claimed), reply
-    return claim_id
+    asking = ask(claimant)
+    claims = claimant.scripts.claim(asking)
+    claimant.answered(asking, claims)
+    (claimed,) = claims.claimed
+    return claimed.claim_id
+
+
+def ask(claimant: Claimant, most: int = 1) -> Asking:
+    """Ask for some of the usual queue."""
+    return claimant.ask(most, (QUEUE,), lists_of(QUEUE), tops_of(QUEUE))
+
+
+def expect(claimant: Claimant) -> str:
+    """The id of a claim that is asked for."""
+    asking = ask(claimant)
+    return f"{asking.prefix}{asking.first}"
 
 
 def during_renewal(claimant: Claimant, act: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +68,7 @@ def during_renewal(claimant: Claimant, act: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_a_claim_is_known_from_before_it_is_asked_for(broker: Broker) -> None:
     claimant = broker.claimant("n")
-    claim_id = claimant.expect()
+    claim_id = expect(claimant)
     assert claim_id.startswith(CLAIM_PREFIX)
     assert claimant.knows(claim_id)
     assert not claimant.has_begun(claim_id)
@@ -64,9 +76,9 @@ def test_a_claim_is_known_from_before_it_is_asked_for(broker: Broker) -> None:
 
 def test_claim_ids_are_never_the_same(broker: Broker) -> None:
     claimants = [broker.claimant("n"), broker.claimant("n")]
-    ids = [claimant.expect() for claimant in claimants for _ in range(3)]
+    ids = [expect(claimant) for claimant in claimants for _ in range(3)]
     claimants[0].rejoin()
-    ids.append(claimants[0].expect())
+    ids.append(expect(claimants[0]))
     assert len(set(ids)) == 7
 
 
@@ -74,7 +86,7 @@ def test_threads_get_claims_of_their_own(broker: Broker) -> None:
     claimant = broker.claimant("n")
     ids: list[str] = []
     threads = [
-        threading.Thread(target=lambda: ids.extend(claimant.expect() for _ in range(500)))
+        threading.Thread(target=lambda: ids.extend(expect(claimant) for _ in range(500)))
         for _ in range(4)
     ]
     for thread in threads:
@@ -109,7 +121,7 @@ class TestRenewal:
         during_renewal(claimant, lambda: claimed.append(claim(claimant)), monkeypatch)
         assert claimant.renew() == "renewed"
         assert broker.lock_of("k") == claimed[0]
-        assert claimant.finish_now(claimed[0]) == "finished"
+        assert claimant.finish_now([claimed[0]]) == ["finished"]
 
     def test_what_ends_while_it_is_on_its_way_is_gone(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch
@@ -117,7 +129,7 @@ class TestRenewal:
         claimant = broker.claimant("n")
         broker.put("t", "k")
         claim_id = claim(claimant)
-        during_renewal(claimant, lambda: claimant.finish_now(claim_id), monkeypatch)
+        during_renewal(claimant, lambda: claimant.finish_now([claim_id]), monkeypatch)
         assert claimant.renew() == "renewed"
         assert not broker.audit().places()
 
@@ -125,10 +137,10 @@ class TestRenewal:
         # Forgotten when the connection broke; the server read the command only afterwards.
         claimant = broker.claimant("n")
         broker.put("t")
-        claim_id = claimant.expect()
-        claimant.forget(claim_id)
+        asking = ask(claimant)
+        claimant.unanswered(asking)
         assert claimant.renew() == "renewed"
-        claimant.scripts.claim(claimant.member, claim_id, (QUEUE,), lists_of(QUEUE))
+        claimant.scripts.claim(asking)
         assert claimant.renew() == "renewed"
         assert [c["task"] for c in broker.audit().ready] == ["t"]
 
@@ -200,7 +212,7 @@ class TestRejoining:
         assert claimant.running() == 0
         second = claim(claimant)
         # The old run comes to its end while the new one goes on.
-        assert claimant.finish_now(claim_id) == "superseded"
+        assert claimant.finish_now([claim_id]) == ["superseded"]
         assert broker.lock_of("k") == second
         assert broker.audit().leases == {claimant.member}
 
@@ -230,13 +242,13 @@ class TestEnding:
         claim_id = claim(claimant)
         claimant.begin(claim_id)
         asked: list[str] = []
-        claimant.on_finish = asked.append
+        claimant.on_finish = lambda claim_id, end: asked.append(claim_id)
         claimant.finish(claim_id)
         assert asked == [claim_id]
         assert broker.lock_of("k") == claim_id
         # Until it is acknowledged, a renewal speaks of it.
         assert claimant.renew() == "renewed"
-        assert claimant.finish_now(claim_id) == "finished"
+        assert claimant.finish_now([claim_id]) == ["finished"]
         assert not claimant.knows(claim_id)
         assert claimant.running() == 0
 
@@ -255,13 +267,13 @@ class TestEnding:
         redis_server.kill()
         try:
             with pytest.raises(redis.RedisError):
-                claimant.finish_now(claim_id)
+                claimant.finish_now([claim_id])
         finally:
             redis_server.start()
         assert claimant.knows(claim_id)
         assert claimant.renew() == "renewed"
         assert broker.lock_of("k") == claim_id
-        assert claimant.finish_now(claim_id) == "finished"
+        assert claimant.finish_now([claim_id]) == ["finished"]
 
     @pytest.mark.parametrize("lost", [False, True])
     def test_giving_back(self, broker: Broker, lost: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from broker.claimant import End
 from errors import Unavailable
 from storage import segments
 from storage.segments import Entry, Place, SegmentWriter
@@ -39,9 +40,10 @@ class Log:
     def place(self, outcomes: Sequence[Outcome], places: Sequence[Place]) -> None:
         self.say("place " + " ".join(outcome.task_id for outcome in outcomes))
 
-    def finish_now(self, claim_id: str) -> str:
-        self.say(f"finish {claim_id}")
-        return "finished"
+    def finish_now(self, claim_ids: Sequence[str], end: End = None) -> list[str]:
+        how = "" if end is None else f" as {end}"
+        self.say(f"finish {' '.join(claim_ids)}{how}")
+        return ["finished" for _ in claim_ids]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_who_waits_is_told_before_the_disk_and_redis_acknowledges_after_it(
         writer.finish(task_id)
     writer.start()
     assert writer.stop(10)
-    assert log.said == ["announce a b", "append", "place a b", "finish a", "finish b"]
+    assert log.said == ["announce a b", "append", "place a b", "finish a b"]
     assert on_disk(tmp_path) == [("outcome", "a"), ("outcome", "b")]
 
 

@@ -138,7 +138,7 @@ def test_a_lost_process_costs_a_delivery_and_too_many_end_it(producer: Producer)
 def test_a_keyless_job_that_kills_its_process_ends_too(producer: Producer, tmp_path: Path) -> None:
     result = jobs.keyless_crash.delay(str(tmp_path))
     assert isinstance(producer.end_of(result), DeadLettered)
-    assert len(list(tmp_path.iterdir())) == 3  # COHORT_DELIVERIES
+    assert len(list(tmp_path.iterdir())) == 5  # COHORT_DELIVERIES
 
 
 def test_revoked_before_it_starts(producer: Producer, tmp_path: Path) -> None:
