@@ -37,6 +37,7 @@ _CLAIM_KEYS = (
     keys.RESERVED,
     keys.SETTLED,
     keys.SPARE,
+    keys.CLAIMED,
 )
 
 # At the memory limit new jobs are refused; those already accepted go on to their end.
@@ -217,6 +218,7 @@ class Scripts:
                 keys.BELL,
                 keys.WAITING,
                 keys.SHAPES,
+                keys.CLAIMED,
             ],
             args=[
                 claim_id,
@@ -267,6 +269,19 @@ class Scripts:
         """Acknowledge a claim and keep its message among the dead letters."""
         word: bytes = self._bury(keys=[*_end_keys(member), keys.DEAD], args=[claim_id, reason])
         return word.decode()  # type: ignore[return-value]
+
+    @cached_property
+    def _settle(self) -> Script:
+        return self._script("settle")
+
+    def settle(self, task_id: str, reason: str) -> Literal["settled", "running"]:
+        """From now on a task that waits anywhere isn't run: whoever comes by it says so."""
+        word: bytes = self._settle(keys=[keys.CLAIMED, keys.SETTLED], args=[task_id, reason])
+        return word.decode()  # type: ignore[return-value]
+
+    def unsettle(self, task_id: str) -> None:
+        """It had ended before."""
+        self.client.hdel(keys.SETTLED, task_id)
 
     @cached_property
     def _give_back(self) -> Script:
@@ -364,6 +379,7 @@ def _end_keys(member: str) -> list[str]:
         keys.READY,
         keys.DELIVERIES,
         keys.BELL,
+        keys.CLAIMED,
     ]
 
 
@@ -376,4 +392,5 @@ def _return_keys(member: str) -> list[str]:
         keys.SEQUENCE,
         keys.DELIVERIES,
         keys.BELL,
+        keys.CLAIMED,
     ]

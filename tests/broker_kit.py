@@ -248,6 +248,7 @@ class Picture:
     ready: list[dict[str, str]] = field(default_factory=list)
     locks: dict[str, str] = field(default_factory=dict)
     deliveries: dict[str, int] = field(default_factory=dict)
+    claimed: dict[str, str] = field(default_factory=dict)
     leases: set[str] = field(default_factory=set)
     nodes: set[str] = field(default_factory=set)
 
@@ -320,6 +321,8 @@ def look(client: Any, queues: Sequence[str]) -> Picture:
             picture.locks = {k.decode(): v.decode() for k, v in client.hgetall(name).items()}
         elif name == keys.DELIVERIES:
             picture.deliveries = {k.decode(): int(v) for k, v in client.hgetall(name).items()}
+        elif name == keys.CLAIMED:
+            picture.claimed = {k.decode(): v.decode() for k, v in client.hgetall(name).items()}
         elif name == keys.LEASES:
             picture.leases = {member.decode() for member in client.zrange(name, 0, -1)}
         elif name == keys.NODES:
@@ -372,6 +375,9 @@ def complain(picture: Picture, robbed: set[str]) -> Iterator[str]:
             yield f"{claim['task']} is parked under {key}, but its key is {claim['key']}"
         if key not in picture.locks and key not in expected:
             yield f"{claim['task']} is parked for {key}, whose lock is free"
+    running = {c["task"]: i for held in picture.claims.values() for i, c in held.items()}
+    if running != picture.claimed:
+        yield f"claimed are {running}, but {picture.claimed} are said to be"
     counted = Counter(shape for shape, _ in picture.waiting)
     if counted != picture.shapes:
         yield f"{counted} wait, but {picture.shapes} are counted"

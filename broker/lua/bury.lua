@@ -6,13 +6,14 @@
 --       ready       list        served before the queues             claim
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
+--       claimed     hash        task id -> claim id                  finish, put back
 --       dead        hash        task id -> why and when, NUL, the message   an operator
 -- ARGV  claim id, why
 -- Returns 'finished', or 'superseded': the claim was reaped, another delivery decides.
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
-    bell = KEYS[6], dead = KEYS[7],
+    bell = KEYS[6], claimed = KEYS[7], dead = KEYS[8],
 }
 local id, reason = ARGV[1], ARGV[2]
 local raw = redis.call('HGET', K.claims, id)
@@ -21,6 +22,7 @@ if not raw then
 end
 local claim = decode(raw)
 redis.call('HDEL', K.claims, id)
+redis.call('HDEL', K.claimed, claim.task)
 redis.call('HSET', K.dead, claim.task, cjson.encode({
     reason = reason, time = string.format('%d', now_ms()), queue = claim.queue, list = claim.list,
     lost = redis.call('HGET', K.deliveries, claim.task) or '0' }) .. '\0' .. claim.payload)

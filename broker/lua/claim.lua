@@ -15,6 +15,7 @@
 --                                                                    claim, reap
 --       settled     hash        task id -> why it has an outcome without having run   finish, sweep
 --       spare       hash        incarnation -> what it has left      reap
+--       claimed     hash        task id -> claim id                  finish, put back
 --       then for each queue its delayed set, then the lists in the order in which to serve them
 -- ARGV  incarnation; how a claim id begins; the number of the first one; how many at most; the node
 --       (JSON: total and spare are [cpus, memory, gpus], labels, slots: idle processes of its pool,
@@ -29,8 +30,9 @@ local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], sequence = KEYS[5],
     deliveries = KEYS[6], bell = KEYS[7], leases = KEYS[8], dead = KEYS[9], waiting = KEYS[10],
     shapes = KEYS[11], reserved = KEYS[12], settled = KEYS[13], spare = KEYS[14],
+    claimed = KEYS[15],
 }
-local OTHERS = 14
+local OTHERS = 15
 local member, prefix, first, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local node, count = cjson.decode(ARGV[5]), tonumber(ARGV[6])
 local now = now_ms()
@@ -122,7 +124,7 @@ local function fits(claim)
     return takes and takes <= node.ahead
 end
 
-local found = {}
+local found, index = {}, {}
 local function take(claim)
     local number = first + #reply - 1
     local id = prefix .. string.format('%d', number)
@@ -141,6 +143,8 @@ local function take(claim)
     end
     found[#found + 1] = id
     found[#found + 1] = encode(claim)
+    index[#index + 1] = claim.task
+    index[#index + 1] = id
     reply[#reply + 1] = told(number, claim)
 end
 
@@ -148,7 +152,8 @@ local any_settled = redis.call('HLEN', K.settled) > 0
 local just_settled = {}
 local function settle(claim)
     if any_settled and claim.settled == '' then
-        claim.settled = redis.call('HGET', K.settled, claim.task) or ''
+        -- <ms> <why>
+        claim.settled = string.match(redis.call('HGET', K.settled, claim.task) or '', '^%d+ (.*)$') or ''
         just_settled[claim] = claim.settled ~= ''
     end
 end
@@ -380,6 +385,7 @@ end
 
 if #found > 0 then
     redis.call('HSET', K.claims, unpack(found))
+    redis.call('HSET', K.claimed, unpack(index))
 end
 redis.call('HSET', K.spare, member, string.format('%d %d %d', node.spare[1], node.spare[2], node.spare[3]))
 if is_full() or looked >= 200 then

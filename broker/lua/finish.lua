@@ -6,6 +6,7 @@
 --       ready       list        served before the queues             claim
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
+--       claimed     hash        task id -> claim id                  finish, put back
 --       own bell    list        wakes this node: it has room         the woken, reap
 --       settled     hash        task id -> why it never ran          finish, sweep
 -- ARGV  claim ids, at most 200
@@ -13,7 +14,7 @@
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
-    bell = KEYS[6], own_bell = KEYS[7], settled = KEYS[8],
+    bell = KEYS[6], claimed = KEYS[7], own_bell = KEYS[8], settled = KEYS[9],
 }
 local words, over = {}, {}
 for i, raw in ipairs(redis.call('HMGET', K.claims, unpack(ARGV))) do
@@ -28,7 +29,7 @@ for i, raw in ipairs(redis.call('HMGET', K.claims, unpack(ARGV))) do
         end
     end
 end
-for _, marks in ipairs({ K.deliveries, K.settled }) do
+for _, marks in ipairs({ K.claimed, K.deliveries, K.settled }) do
     if #over > 0 and redis.call('EXISTS', marks) == 1 then
         redis.call('HDEL', marks, unpack(over))
     end

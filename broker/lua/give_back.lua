@@ -7,12 +7,13 @@
 --       sequence    counter     order of arrival of parked jobs      nobody
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
+--       claimed     hash        task id -> claim id                  finish, put back
 -- ARGV  claim id, '1' if the delivery was lost with its process
 -- Returns 'given back' or 'superseded'.
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], sequence = KEYS[5],
-    deliveries = KEYS[6], bell = KEYS[7],
+    deliveries = KEYS[6], bell = KEYS[7], claimed = KEYS[8],
 }
 if put_back(K, K.claims, ARGV[1], ARGV[2] == '1') then
     return 'given back'

@@ -96,6 +96,7 @@ local function put_back(K, claims, id, lost)
     end
     local claim = decode(raw)
     redis.call('HDEL', claims, id)
+    redis.call('HDEL', K.claimed, claim.task)
     if lost then
         redis.call('HINCRBY', K.deliveries, claim.task, 1)
     end

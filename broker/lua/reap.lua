@@ -7,6 +7,7 @@
 --       sequence    counter     order of arrival                    nobody
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
+--       claimed     hash        task id -> claim id                  finish, put back
 --       leases      sorted set  incarnation -> end of its lease      this script
 --       nodes       hash        incarnation -> what it is            this script
 --       spare       hash        incarnation -> what it has left      this script
@@ -17,7 +18,8 @@
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], sequence = KEYS[5],
-    deliveries = KEYS[6], bell = KEYS[7], leases = KEYS[8], nodes = KEYS[9],
+    deliveries = KEYS[6], bell = KEYS[7], claimed = KEYS[8], leases = KEYS[9], nodes = KEYS[10],
+    spare = KEYS[11], reserved = KEYS[12], own_bell = KEYS[13],
 }
 local member, leaves = ARGV[1], ARGV[2] == '1'
 local lease = redis.call('ZSCORE', K.leases, member)
@@ -34,7 +36,7 @@ for _, id in ipairs(redis.call('HKEYS', K.claims)) do
 end
 redis.call('ZREM', K.leases, member)
 redis.call('HDEL', K.nodes, member)
-redis.call('HDEL', KEYS[10], member)
-redis.call('HDEL', KEYS[11], member)
-redis.call('DEL', KEYS[12])
+redis.call('HDEL', K.spare, member)
+redis.call('HDEL', K.reserved, member)
+redis.call('DEL', K.own_bell)
 return {'reaped', back}

@@ -7,6 +7,7 @@
 --       sequence    counter     order of arrival of parked jobs      nobody
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
+--       claimed     hash        task id -> claim id                  finish, put back
 --       leases      sorted set  incarnation -> end of its lease      reap, leave
 -- ARGV  incarnation, length of the lease in ms, the number of the last claim it had asked for when
 --       it sent this, then the claim ids that the worker knows
@@ -14,7 +15,7 @@
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], sequence = KEYS[5],
-    deliveries = KEYS[6], bell = KEYS[7], leases = KEYS[8],
+    deliveries = KEYS[6], bell = KEYS[7], claimed = KEYS[8], leases = KEYS[9],
 }
 if not redis.call('ZSCORE', K.leases, ARGV[1]) then
     return 'expelled'

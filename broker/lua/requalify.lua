@@ -10,6 +10,7 @@
 --       bell      list        wakes idle nodes                     the woken
 --       waiting   sorted set  jobs that wait for a node they fit   claim
 --       shapes    hash        shape -> how many wait               claim
+--       claimed   hash        task id -> claim id                  finish, put back
 -- ARGV  claim id, job key or '', due time in ms or '', needs or '', conflict, '1' if it fits this node
 -- Returns 'locked' (run it), 'settled' (yours, and over); not yours any more: 'parked', 'delayed',
 --         'waiting', 'superseded'.
@@ -17,6 +18,7 @@
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], sequence = KEYS[4], delayed = KEYS[5],
     ready = KEYS[6], bell = KEYS[7], waiting = KEYS[8], shapes = KEYS[9],
+    claimed = KEYS[10],
 }
 local id, key, due, needs, conflict, fits = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] == '1'
 local raw = redis.call('HGET', K.claims, id)
@@ -24,8 +26,12 @@ if not raw then
     return 'superseded'
 end
 local claim = decode(raw)
-if due ~= '' and tonumber(due) > now_ms() then
+local function leave()
     redis.call('HDEL', K.claims, id)
+    redis.call('HDEL', K.claimed, claim.task)
+end
+if due ~= '' and tonumber(due) > now_ms() then
+    leave()
     redis.call('ZADD', K.delayed, due, claim.list .. '\0' .. claim.payload)
     if claim.key ~= '' then
         let_go(K, claim.key, id)
@@ -35,15 +41,15 @@ end
 claim.key, claim.needs, claim.conflict, claim.bare = key, needs, conflict, '0'
 local holder = key ~= '' and redis.call('HGET', K.locks, key)
 if holder and holder ~= id then
-    redis.call('HDEL', K.claims, id)
     if contend(K, claim) == 'parked' then
+        leave()
         return 'parked'
     end
     redis.call('HSET', K.claims, id, encode(claim))
     return 'settled'
 end
 if not fits then
-    redis.call('HDEL', K.claims, id)
+    leave()
     set_aside(K, claim)
     ring(K)
     return 'waiting'

@@ -6,6 +6,7 @@
 --       ready       list        served before the queues             claim
 --       deliveries  hash        task id -> lost deliveries           finish
 --       bell        list        wakes idle nodes                     the woken
+--       claimed     hash        task id -> claim id                  finish, put back
 --       list        list        the queue, at the message's priority claim pops
 --       delayed     sorted set  the queue's messages by due time     claim moves on
 -- ARGV  claim id, message, due time in ms or ''
@@ -13,7 +14,7 @@
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
-    bell = KEYS[6], list = KEYS[7], delayed = KEYS[8],
+    bell = KEYS[6], claimed = KEYS[7], list = KEYS[8], delayed = KEYS[9],
 }
 local id, message, due = ARGV[1], ARGV[2], ARGV[3]
 local raw = redis.call('HGET', K.claims, id)
@@ -22,6 +23,7 @@ if not raw then
 end
 local claim = decode(raw)
 redis.call('HDEL', K.claims, id)
+redis.call('HDEL', K.claimed, claim.task)
 redis.call('HDEL', K.deliveries, claim.task)
 if due ~= '' and tonumber(due) > now_ms() then
     redis.call('ZADD', K.delayed, due, K.list .. '\0' .. message)

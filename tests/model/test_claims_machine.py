@@ -218,7 +218,10 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(1, 40))
     def settle(self, number: int) -> None:
         """It is revoked, wherever it waits."""
-        self.client.hset(keys.SETTLED, f"t{number}", "revoked")
+        word = self.broker.scripts.settle(f"t{number}", "revoked")
+        running = {tag for worker in self.workers for tag in worker.running.values()}
+        claimed = {claim["task"] for claim in look(self.client, QUEUES).all_claims()}
+        assert word == ("running" if f"t{number}" in claimed else "settled"), running
 
     @precondition(lambda self: self._busy(0))
     @rule(number=workers_by_number, which=st.integers(0, 9), later=st.booleans())

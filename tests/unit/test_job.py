@@ -12,7 +12,7 @@ from celery import Task
 
 from errors import CohortError, InvalidKey, Refused
 from tasks import Run, app, job
-from tasks.job import JobTask, key_of_message
+from tasks.job import JobTask, qualities_of_message
 
 
 @job(key="export-{table}-{mode}")
@@ -80,16 +80,15 @@ class TestDefinition:
         assert keyless.time_limit is None
         assert (definition.gpus, definition.labels) == (0, ())
         assert (definition.conflict, definition.directory) == ("wait", True)
-        assert definition.needs == {}
+        assert definition.about == {"needs": f"1 {512 << 20} 0"}
 
-    def test_what_the_broker_is_told_is_what_differs(self) -> None:
+    def test_what_the_broker_is_told(self) -> None:
         assert tuned.definition is not None
-        assert tuned.definition.needs == {"cpus": 2, "memory": 3 << 29}
+        assert tuned.definition.about == {"needs": f"2 {3 << 29} 0"}
         assert picky.definition is not None
         assert picky.definition.directory is False
-        assert picky.definition.needs == {
-            "gpus": 1,
-            "labels": ["arch=arm64", "ssd"],
+        assert picky.definition.about == {
+            "needs": f"1 {512 << 20} 1 arch=arm64,ssd",
             "conflict": "skip",
         }
 
@@ -269,13 +268,13 @@ class TestKeyOfAStockMessage:
 
     def test_it_is_the_one_that_we_would_have_sent(self) -> None:
         message = self.message(keyed.name, ["customers"], {"mode": "delta"})
-        assert key_of_message(app, message) == "export-customers-delta"
+        assert qualities_of_message(app, message).key == "export-customers-delta"
 
     def test_a_body_without_encoding(self) -> None:
         message = self.message(keyed.name, [], {})
         message["body"] = json.dumps([["t"], {}, {}])
         message["properties"] = {}
-        assert key_of_message(app, message) == "export-t-full"
+        assert qualities_of_message(app, message).key == "export-t-full"
 
     @pytest.mark.parametrize(
         "change",
@@ -293,8 +292,8 @@ class TestKeyOfAStockMessage:
     )
     def test_what_has_no_key_or_cannot_be_read(self, change: dict[str, Any]) -> None:
         message = {**self.message(keyed.name, ["t"], {}), **change}
-        assert key_of_message(app, message) == ""
+        assert qualities_of_message(app, message).key == ""
 
     def test_a_key_that_can_name_no_directory_is_none(self) -> None:
         # Its attempt fails with the reason.
-        assert key_of_message(app, self.message(keyed.name, ["a/b"], {})) == ""
+        assert qualities_of_message(app, self.message(keyed.name, ["a/b"], {})).key == ""
