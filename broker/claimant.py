@@ -273,7 +273,7 @@ class Claimant:
                 held.begun = time.monotonic()
 
     def end(self, claim_id: str) -> None:
-        """The pool is done with it: its room is another's, though it may not be acknowledged yet."""
+        """The pool is done with it: its room is another's, though it isn't acknowledged yet."""
         with self._guard:
             held = self._held.get(claim_id)
             if held is None:

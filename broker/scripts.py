@@ -263,9 +263,7 @@ class Scripts:
     def _bury(self) -> Script:
         return self._script("bury")
 
-    def bury(
-        self, member: str, claim_id: str, reason: str
-    ) -> Literal["finished", "superseded"]:
+    def bury(self, member: str, claim_id: str, reason: str) -> Literal["finished", "superseded"]:
         """Acknowledge a claim and keep its message among the dead letters."""
         word: bytes = self._bury(keys=[*_end_keys(member), keys.DEAD], args=[claim_id, reason])
         return word.decode()  # type: ignore[return-value]

@@ -61,7 +61,12 @@ def configuration(settings: Settings) -> dict[str, Any]:
 # Under the scheme that Flower and every tool know. For messages of other apps it is the stock one.
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "broker.transport:Transport"))
 
-app = Celery("cohort", task_cls="tasks.job:JobTask", set_as_current=True)
+app = Celery(
+    "cohort",
+    task_cls="tasks.job:JobTask",
+    control="tasks.control:FleetControl",
+    set_as_current=True,
+)
 app.conf.update(configuration(_settings_or_exit()))
 
 # By name, and so only in a worker: these floors lie above this one.

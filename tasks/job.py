@@ -20,10 +20,10 @@ from celery import Celery, Task
 from celery.utils.functional import head_from_fun
 from kombu.serialization import loads, prepare_accept_content
 
-from errors import CohortError, DeadLettered, InvalidKey, Refused
-from storage.keys import check_key
 from broker.needs import Needs
 from broker.transport import Qualities
+from errors import CohortError, DeadLettered, InvalidKey, Refused
+from storage.keys import check_key
 from tasks.journal import root_of
 from tasks.settings import current, parse_size, parse_span
 

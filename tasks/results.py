@@ -24,6 +24,7 @@ from celery.result import AsyncResult
 from kombu.exceptions import EncodeError
 
 from broker.index import Announcement, Index, Placed
+from broker.scripts import Scripts
 from errors import Damaged, Unavailable
 from storage.segments import Place, read_at
 from tasks.outcomes import Outcome, is_elsewhere, meta_of, needs_root, pointer
@@ -147,11 +148,24 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
     ) -> None:
         """Record a revocation, once the worker that has claimed the task says so.
 
-        Celery's remote control says it without a request, on every worker at once, while the task
-        may be about to commit on one of them: a second outcome. Who claims it will say it.
+        Celery's remote control says it without a request, on every worker at once: of a task that
+        waits, mostly. Of one that a node has claimed, that node will say it.
         """
         if request is not None:
             super().mark_as_revoked(task_id, reason, request, store_result, state)
+        else:
+            self.settle(task_id, reason)
+
+    def settle(self, task_id: str, reason: str) -> bool:
+        """Give a task that waits, wherever that is, its outcome: REVOKED, and why. Its message is
+        dropped when a node comes by it. False if a node has it, or if it has ended.
+        """
+        if self.get_state(task_id) in states.READY_STATES:
+            return False
+        if Scripts(self.client).settle(task_id, reason) == "running":
+            return False
+        super().mark_as_revoked(task_id, reason, None, True)
+        return True
 
     def announce(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The node's writer: decide and publish. What is to be written, which may be the outcome

@@ -149,7 +149,7 @@ class Broker:
         """What a worker asks for."""
         queues = queues or self.queues
         if first is None:
-            first = [next(self._numbers) for _ in range(most)][0]
+            first, *_ = (next(self._numbers) for _ in range(most))
         node = node or node_json()
         lists, tops = lists_of(*queues), tops_of(*queues)
         return Asking(member, "claim-", first, most, node, queues, lists, tops)
@@ -290,8 +290,8 @@ def look(client: Any, queues: Sequence[str]) -> Picture:
     # Kombu's own: bindings of exchanges, and what a stock consumer holds.
     # The index of outcomes, and marks of what was put once, have tests of their own.
     elsewhere = (keys.outcomes(0)[:-4], keys.put_once("", 0)[:-2])
-    foreign = ("_kombu.", "unacked", "celery-task-meta-", keys.leader(""), *elsewhere)
-    foreign = (*foreign, keys.own_bell(""))
+    stock = ("_kombu.", "unacked", "celery-task-meta-")
+    foreign = (*stock, keys.leader(""), keys.own_bell(""), *elsewhere)
     for raw in list(client.scan_iter(count=1000)):
         name = raw.decode()
         if name in lists:
@@ -302,8 +302,7 @@ def look(client: Any, queues: Sequence[str]) -> Picture:
             ]
         elif name.startswith(keys.claims("")):
             picture.claims[name.removeprefix(keys.claims(""))] = {
-                claim_id.decode(): _claim(claim)
-                for claim_id, claim in client.hgetall(name).items()
+                claim_id.decode(): _claim(claim) for claim_id, claim in client.hgetall(name).items()
             }
         elif name == keys.PARKED:
             for member in client.zrange(name, 0, -1):

@@ -34,9 +34,7 @@ _A_MOMENT = 0.5
 class WorkerNode:
     """One worker's main process, for as long as it lives."""
 
-    def __init__(
-        self, settings: Settings, root: Path, writer: Writer, claimant: Claimant
-    ) -> None:
+    def __init__(self, settings: Settings, root: Path, writer: Writer, claimant: Claimant) -> None:
         self._settings = settings
         self._root = root
         self._writer = writer

@@ -142,7 +142,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def _note(self, claimed: Claimed, headers: Mapping[str, Any]) -> None:
         def note() -> Entry:
             return entry_of(
-                note_of(claimed.queue, claimed.list_name, claimed.payload), self._settings.journal_keep
+                note_of(claimed.queue, claimed.list_name, claimed.payload),
+                self._settings.journal_keep,
             )
 
         durable = bool(headers["cohort"].get("durable"))

@@ -38,7 +38,14 @@ SOME_KEY = st.sampled_from(["k", "k", "k", "k-2", None])
 SOME_QUEUE = st.sampled_from(["a", "a", "a", "b"])
 CPUS, MEMORY = 3, 10
 SOME_NEEDS = st.sampled_from(
-    [Needs(), Needs(1, 1), Needs(1, 1), Needs(1, 9), Needs(3, 1), Needs(1, 1, 0, frozenset({"big"}))]
+    [
+        Needs(),
+        Needs(1, 1),
+        Needs(1, 1),
+        Needs(1, 9),
+        Needs(3, 1),
+        Needs(1, 1, 0, frozenset({"big"})),
+    ]
 )
 """All of them fit a node that has the label; the last node has it."""
 
@@ -130,7 +137,12 @@ class Machine(RuleBasedStateMachine):
         self.put_tags.add(f"tag-of-t{number}")
         due = self.broker.now_ms() + 3_600_000 if later else None
         about = {"needs": needs.text, "conflict": conflict} | ({"key": key} if key else {})
-        options = {"priority": priority, "queue": queue, "due_ms": due, "cohort": about}
+        options: dict[str, Any] = {
+            "priority": priority,
+            "queue": queue,
+            "due_ms": due,
+            "cohort": about,
+        }
         self.broker.put(f"t{number}", key, **options)
 
     @rule(key=SOME_KEY, queue=SOME_QUEUE)

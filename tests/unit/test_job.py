@@ -14,6 +14,8 @@ from errors import CohortError, InvalidKey, Refused
 from tasks import Run, app, job
 from tasks.job import JobTask, qualities_of_message
 
+USUAL = f"1 {512 << 20} 0"
+
 
 @job(key="export-{table}-{mode}")
 def keyed(run: Run, table: str, mode: str = "full", *, limit: int = 0) -> None:
@@ -207,25 +209,28 @@ class TestKeyOfASubmission:
 
     def test_a_keyless_job_says_so(self, sent: list[dict[str, Any]]) -> None:
         keyless.delay(1)
-        assert sent[0]["headers"] == {"cohort": {}}
+        assert sent[0]["headers"] == {"cohort": {"needs": USUAL}}
 
     def test_needs_travel_with_the_key(self, sent: list[dict[str, Any]]) -> None:
         tuned.delay(7)
         picky.delay(1)
         assert [call["headers"]["cohort"] for call in sent] == [
-            {"key": "n-0007", "cpus": 2, "memory": 3 << 29},
-            {"key": "k-1", "gpus": 1, "labels": ["arch=arm64", "ssd"], "conflict": "skip"},
+            {"key": "n-0007", "needs": f"2 {3 << 29} 0"},
+            {"key": "k-1", "needs": f"1 {512 << 20} 1 arch=arm64,ssd", "conflict": "skip"},
         ]
 
     def test_other_headers_stay(self, sent: list[dict[str, Any]]) -> None:
         headers = {"mine": 1}
         keyed.apply_async(("t",), headers=headers)
-        assert sent[0]["headers"] == {"mine": 1, "cohort": {"key": "export-t-full"}}
+        assert sent[0]["headers"] == {
+            "mine": 1,
+            "cohort": {"key": "export-t-full", "needs": USUAL},
+        }
         assert headers == {"mine": 1}
 
     def test_nobody_writes_the_header_but_us(self, sent: list[dict[str, Any]]) -> None:
         keyed.apply_async(("t",), headers={"cohort": {"key": "another"}})
-        assert sent[0]["headers"]["cohort"] == {"key": "export-t-full"}
+        assert sent[0]["headers"]["cohort"] == {"key": "export-t-full", "needs": USUAL}
 
     @pytest.mark.parametrize(
         "table", ["a/b", "..", "x\0y", "x\ny", "n" * 300, "\ud800", "../../etc/passwd"]
