@@ -98,7 +98,7 @@ def with_cohort(url: str, folder: Path) -> Any:
     claim = str(time.time_ns())
     to = f"s3://benchmark/{claim}"
     run = Run(
-        directory=folder,
+        _place=lambda: folder,
         version=0,
         task_id="benchmark",
         claim_id=claim,

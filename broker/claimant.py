@@ -196,6 +196,10 @@ class Claimant:
             self._known.update(_ids(asking))
         return asking
 
+    def has_enough(self) -> bool:
+        """Whether so much waits its turn here that it needn't ask for more yet."""
+        return len(self._waiting) >= MOST_AT_ONCE // 2
+
     def answered(self, asking: Asking, claims: Claims) -> None:
         """What it brought is held; the rest is nothing."""
         now = time.monotonic()

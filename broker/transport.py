@@ -194,6 +194,8 @@ class Channel(stock.Channel):  # type: ignore[misc]
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
+        if not self._idle and _claimant.has_enough():
+            return  # Asked again at the next turn of the loop: few looks that bring many.
         self._drop_unanswered()
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()

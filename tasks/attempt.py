@@ -77,7 +77,7 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     ):
         tree.checkout(directory, base, directory.checkpoint_of(task.request.id, base))
         reach("attempt:after-checkout")
-        run = _run(task, tree.path, base.n, cancelled, output)
+        run = _run(task, lambda: tree.path, base.n, cancelled, output)
         run._checkpoint = lambda: mine.checkpoint(tree, quota=settings.quota)
         run._locks = tree.locks
         result = _call(task, run, args, kwargs)
@@ -97,16 +97,26 @@ def attempt(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 def _attempt_keyless(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """A job without files of its own: an empty directory, no commit; at least once."""
-    scratch = current().scratch
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="keyless-", dir=scratch))
+    folder: list[Path] = []
+
+    def make_folder() -> Path:
+        # Only when it is asked for: for a small job it would cost more than the job.
+        scratch = current().scratch
+        scratch.mkdir(parents=True, exist_ok=True)
+        folder.append(Path(tempfile.mkdtemp(prefix="keyless-", dir=scratch)))
+        return folder[0]
+
+    def remove_folder() -> None:
+        for made in folder:
+            shutil.rmtree(made, ignore_errors=True)
+
     with (
-        _removed(lambda: shutil.rmtree(folder, ignore_errors=True)),
+        _removed(remove_folder),
         _output(task) as output,
         _cancellation() as cancelled,
         _ended(task, None, cancelled, output),
     ):
-        result = _call(task, _run(task, folder, 0, cancelled, output), args, kwargs)
+        result = _call(task, _run(task, make_folder, 0, cancelled, output), args, kwargs)
         _stop_if(cancelled, output)
     _after_commit(task, result)
     return result
@@ -259,13 +269,17 @@ def _root(settings: Settings) -> Path:
 
 
 def _run(
-    task: JobTask, directory: Path, version: int, cancelled: threading.Event, output: OutputLog
+    task: JobTask,
+    place: Callable[[], Path],
+    version: int,
+    cancelled: threading.Event,
+    output: OutputLog,
 ) -> Run:
     assert task.definition is not None
     timeout = task.definition.timeout
     report = ProgressReport(task)
     return Run(
-        directory=directory,
+        _place=place,
         version=version,
         task_id=task.request.id,
         claim_id=_claim_id(task),

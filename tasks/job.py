@@ -328,6 +328,8 @@ def _register(definition: JobDefinition, options: dict[str, Any]) -> JobTask:
             "soft_time_limit": definition.timeout,
             "time_limit": definition.timeout + _HARD_LIMIT_GRACE,
         }
+    # A job with files takes its time; of one without, STARTED would cost more than the job.
+    options.setdefault("track_started", definition.key is not None and definition.directory)
     task: JobTask = app.task(
         bind=True,
         definition=definition,

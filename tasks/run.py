@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from logging import Logger
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,8 +37,7 @@ def _cannot() -> NoReturn:
 class Run:
     """One attempt of one job, as its function sees it."""
 
-    directory: Path
-    """The job directory: this attempt's own work tree, as the last successful run left it."""
+    _place: Callable[[], Path] = field(repr=False)
     version: int
     """The version of the directory that this attempt started from; 0 before the first commit."""
     task_id: str
@@ -62,6 +62,14 @@ class Run:
     _complete: Callable[[Any, Sequence[LeftOut]], Any] | None = field(default=None, repr=False)
     """Makes the result of what the function returned and what the commit left out."""
     _version_to_commit: int | None = field(default=None, repr=False)
+
+    @cached_property
+    def directory(self) -> Path:
+        """The job directory: this attempt's own work tree, as the last successful run left it.
+
+        A job without a key finds an empty one, which goes with the run.
+        """
+        return self._place()
 
     def progress(self, done: float, total: float | None = None, unit: str = "") -> None:
         """Show how far the run is. Cheap to call often: reports are thinned out on the way."""

@@ -35,6 +35,10 @@ _PAUSE = 0.5
 NOTED_AFTER = 1.0
 """Seconds after which a job that still runs is in the journal."""
 _LARGEST_BATCH = 1000
+_GATHER = 0.003
+"""Seconds in which outcomes are gathered while they come one after the other."""
+_IDLE = 0.1
+"""Seconds after which a pause is one: the next outcome isn't kept waiting."""
 
 
 class Results(Protocol):
@@ -65,7 +69,6 @@ class _Begun:
     task_id: str
     note: Callable[[], Entry]
     at: float
-    durable: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class _Ended:
     claim_id: str
 
 
-_Order = Outcome | _Finish | _GiveBack | _Begun | _Ended
+_Order = Outcome | _Finish | _GiveBack | _Ended
 
 
 @dataclass
@@ -146,17 +149,24 @@ class Writer:
         self, claim_id: str, task_id: str, note: Callable[[], Entry], *, durable: bool
     ) -> None:
         """A claim was taken: to be noted if it runs for a while."""
-        self._orders.put(_Begun(claim_id, task_id, note, time.monotonic(), durable))
+        if durable:
+            self._noted[claim_id] = task_id  # Its producer has noted it.
+        else:
+            self._unnoted[claim_id] = _Begun(claim_id, task_id, note, time.monotonic())
 
     def end(self, claim_id: str) -> None:
         """A job has ended and leaves no outcome."""
         self._orders.put(_Ended(claim_id))
 
     def _announce(self) -> None:
-        is_last = False
+        is_last, gather = False, 0.0
         while not is_last:
-            taken: tuple[list[_Order], bool] = _all_of(self._orders, None)
+            taken: tuple[list[_Order], bool] = _all_of(self._orders, _IDLE, gather)
             orders, is_last = taken
+            # The first after a pause goes at once; of those that follow it there are more to come.
+            gather = _GATHER if orders else 0.0
+            if not orders and not is_last:
+                continue
             outcomes = [order for order in orders if isinstance(order, Outcome)]
             decided = _Decided(orders, outcomes, [])
             if outcomes:
@@ -167,9 +177,11 @@ class Writer:
         self._decided.put(None)
 
     def _write(self) -> None:
-        is_last = False
+        is_last = busy = False
         while not is_last:
-            batch, is_last = _all_of(self._decided, self._patience())
+            # It wakes by itself, too: a job that runs on is to be noted.
+            batch, is_last = _all_of(self._decided, NOTED_AFTER / 4, _GATHER if busy else 0.0)
+            busy = bool(batch)
             orders = [order for decided in batch for order in decided.orders]
             work = _Work(
                 [outcome for decided in batch for outcome in decided.standing], self._notes(orders)
@@ -185,21 +197,11 @@ class Writer:
                 if not self._until_done("tell Redis", self._carry_out, order):
                     return
 
-    def _patience(self) -> float | None:
-        """Until the first note is due."""
-        first = next(iter(self._unnoted.values()), None)
-        return None if first is None else max(0.0, first.at + NOTED_AFTER - time.monotonic())
-
     def _notes(self, batch: Sequence[_Order]) -> list[Entry]:
         """What goes into the journal with this batch."""
         notes = []
         for order in batch:
-            if isinstance(order, _Begun):
-                if order.durable:
-                    self._noted[order.claim_id] = order.task_id  # Its producer has noted it.
-                else:
-                    self._unnoted[order.claim_id] = order
-            elif isinstance(order, _Ended):
+            if isinstance(order, _Ended):
                 task_id = self._noted.pop(order.claim_id, None)
                 if task_id is not None:
                     expires_ms = int((time.time() + self._keep) * 1000)
@@ -274,11 +276,17 @@ class Writer:
                 return True
 
 
-def _all_of(orders: queue.SimpleQueue[T | None], patience: float | None) -> tuple[list[T], bool]:
-    """What is there, and whether that is the last of it; waits for the first, at most so long."""
+def _all_of(
+    orders: queue.SimpleQueue[T | None], patience: float, gather: float
+) -> tuple[list[T], bool]:
+    """What is there, and whether that is the last of it; waits for the first, at most so long, and
+    `gather` seconds for more.
+    """
     batch: list[T] = []
     with contextlib.suppress(queue.Empty):
         order = orders.get(timeout=patience)
+        if gather:
+            time.sleep(gather)
         while order is not None:
             batch.append(order)
             if len(batch) == _LARGEST_BATCH:

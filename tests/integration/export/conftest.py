@@ -138,7 +138,7 @@ class Exporter:
                 on_progress(progress)
 
         run = Run(
-            directory=work,
+            _place=lambda: work,
             version=self.version if version is None else version,
             task_id=f"task-{self.claims}",
             claim_id=f"claim-{self.claims}",
