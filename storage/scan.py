@@ -6,28 +6,29 @@ had then, provided that the clock had ticked in between (`wait_for_a_tick`).
 """
 
 import gc
+import marshal
 import os
-import stat
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
+from typing import BinaryIO
 
 from errors import Refused
+from storage import look as look_program
+from storage.look import ALL_TAKEN, CantLook, Found, Identity, identity_of, look
 from storage.manifest import LeftOut
 
-Identity = tuple[int, int, int, int, int]
-"""inode, length, mtime_ns, ctime_ns, st_mode"""
+# From so many files on, the start of a process (15 ms) is less than what it saves.
+MANY = 10_000
+# So many folders can be divided fairly.
+ENOUGH = 64
 
 # Longer than the clock tick of any local file system that a node would use for scratch.
 A_TICK = 2.0
-
-
-identity_of: Callable[[os.stat_result], Identity] = attrgetter(
-    "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns", "st_mode"
-)
 
 
 @dataclass
@@ -57,59 +58,92 @@ class Scan:
         return "other" if any(path == entry.path for entry in self.left_out) else None
 
 
-def scan(tree: Path) -> Scan:
-    """`Refused` if something can't be looked at, or goes away meanwhile."""
-    found = Scan()
-    left_out: list[LeftOut] = []
-    sparse: list[str] = []
-    linked: list[str] = []
-    to_visit, files = [""], found.files
-    with _no_collecting():
-        while to_visit:
-            inside = to_visit.pop()
-            prefix = f"{inside}/" if inside else ""
-            try:
-                folder = os.open(
-                    os.path.join(tree, inside), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                )
-                try:
-                    with os.scandir(folder) as entries:
-                        for entry in entries:
-                            status = entry.stat(follow_symlinks=False)
-                            mode = status.st_mode
-                            kind = mode & 0o170000
-                            path = prefix + entry.name
-                            if kind == stat.S_IFREG:
-                                files[path] = identity_of(status)
-                                if status.st_nlink > 1:
-                                    linked.append(path)
-                                if status.st_blocks * 512 < status.st_size:
-                                    sparse.append(path)
-                            elif kind == stat.S_IFDIR:
-                                found.folders[path] = (mode & 0o7777, status.st_mtime_ns)
-                                to_visit.append(path)
-                            elif kind == stat.S_IFLNK:
-                                target = os.readlink(entry.name, dir_fd=folder)
-                                found.symlinks[path] = (target, status.st_mtime_ns)
-                                continue
-                            else:
-                                left_out.append(LeftOut(path, KINDS.get(kind, "unknown kind")))
-                                continue
-                            if mode & 0o7000:
-                                left_out += [LeftOut(path, BITS[b]) for b in BITS if mode & b]
-                finally:
-                    os.close(folder)
-            except FileNotFoundError as error:
-                name = error.filename if isinstance(error.filename, str) else inside
-                raise Refused(
-                    f"{os.path.relpath(os.path.join(tree, inside, name), tree)!r} "
-                    "went away while it was looked at"
-                ) from None
-            except OSError as error:
-                raise Refused(f"{inside or '.'!r} can't be committed: {error.strerror}") from None
-    found.left_out = tuple(sorted(left_out))
-    found.sparse, found.linked = frozenset(sparse), frozenset(linked)
-    return found
+def scan(tree: Path, about: int = 0) -> Scan:
+    """`Refused` if something can't be looked at, or goes away meanwhile.
+
+    If about so many files are expected that it pays, other processes look at a part of them.
+    """
+    top, found = os.fspath(tree), Found()
+    helpers = _processes() - 1 if about >= MANY else 0
+    try:
+        with _no_collecting():
+            if helpers:
+                _look_together(top, found, helpers)
+            else:
+                look(top, [""], found)
+    except CantLook as error:
+        raise Refused(str(error)) from None
+    return Scan(
+        found.files,
+        found.folders,
+        found.symlinks,
+        tuple(sorted(LeftOut(*entry) for entry in found.left_out)),
+        frozenset(found.sparse),
+        frozenset(found.linked),
+    )
+
+
+def _look_together(tree: str, found: Found, helpers: int) -> None:
+    """As `look`, with so many processes beside this one.
+
+    The top of the tree is looked at here. When folders to be visited are known, they are dealt out
+    in batches, whose numbers stand in a pipe: whoever reads a number takes that batch, so that all
+    are done at about the same time. What no helper answered for is looked at here: each folder is
+    seen by exactly one look that counts, and what it can't look at is told by this process.
+    """
+    queue, numbers = os.pipe()
+    started: list[subprocess.Popen[bytes]] = []
+    with os.fdopen(os.memfd_create("batches"), "wb") as dealt:
+        try:
+            with suppress(OSError, subprocess.SubprocessError):
+                for _ in range(helpers):
+                    started.append(_helper(tree, queue, dealt))
+            to_visit = look(tree, [""], found, until=ENOUGH)
+            count = min(len(to_visit), 255)
+            batches = [to_visit[n::count] for n in range(count)]
+            dealt.write(marshal.dumps(batches))
+            dealt.flush()
+            os.write(numbers, bytes(range(1, count + 1)) + ALL_TAKEN * (helpers + 1))
+            missing = set(range(1, count + 1))
+            while (number := os.read(queue, 1)) != ALL_TAKEN:
+                missing.discard(number[0])
+                look(tree, batches[number[0] - 1], found)
+            for helper in started:
+                # A helper that died left half an answer, or none.
+                with suppress(EOFError, ValueError, TypeError):
+                    assert helper.stdout is not None
+                    covered, tables = marshal.loads(helper.stdout.read())
+                    found.add(tables)
+                    missing -= set(covered)
+            for left in missing:
+                look(tree, batches[left - 1], found)
+        finally:
+            os.close(queue)
+            os.close(numbers)
+            for helper in started:
+                helper.kill()
+                helper.communicate()
+
+
+def _helper(tree: str, queue: int, dealt: BinaryIO) -> "subprocess.Popen[bytes]":
+    # Not a fork: this process may hold much memory, and threads.
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-I", "-S", "-X", "utf8", look_program.__file__),
+            *(str(queue), str(os.getpid()), tree),
+        ],
+        stdin=dealt,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[queue],
+    )
+
+
+def _processes() -> int:
+    """How many should look at a large tree."""
+    if not sys.executable or sys.getfilesystemencoding() != "utf-8":
+        return 1  # names would mean something else to another process
+    return min(len(os.sched_getaffinity(0)), 4)
 
 
 def wait_for_a_tick(beside: Path, newest: int | None = None) -> int | None:
@@ -145,16 +179,3 @@ def _no_collecting() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-KINDS = {
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "character device",
-    stat.S_IFBLK: "block device",
-}
-BITS = {
-    stat.S_ISUID: "set-uid bit",
-    stat.S_ISGID: "set-gid bit",
-    stat.S_ISVTX: "sticky bit",
-}

@@ -1,12 +1,17 @@
 """The note beside a work tree of what it holds: so that it can be believed, or not at all.
 
-    <slot>/index    a line of JSON, then the tables, with a checksum
+    <slot>/index    a line of JSON, then the tables, with a checksum: the whole
+                    a line for each later state: a checksum, and what differs from the one before
 
 The invariant: *a file whose identity is the one in the index has the content that the index's
 manifest gives it.* It holds at every moment, also while a run is at work and when it is killed,
 because whoever changes a file changes its identity. So the index is written when it is known to be
 true (after a checkout, after a commit) and never needs to be taken back: a tree is looked through
 before it is used again, and what isn't as the index says is made anew.
+
+For the same reason each state that was ever noted stays true: of a line that a kill cut short, or
+that is damaged, and of what stands behind it, nothing is believed, and what stands before it is
+right. The next line is written in its place.
 
 A crash of the machine is another matter, since it may keep a file's attributes and lose its bytes:
 an index of another boot isn't believed, and no fsync is needed here.
@@ -16,16 +21,20 @@ import json
 import os
 import zlib
 from array import array
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from storage.log import Reference
-from storage.scan import Identity
+from storage.look import Identity
 
-FORMAT = 1
+FORMAT = 2
 _COLUMNS = 5  # of an Identity
+# The lines behind the whole may take so much of its length, before it is written anew.
+_LINES = 1 / 8
 
 
 @dataclass
@@ -36,6 +45,10 @@ class Index:
     files: dict[str, Identity] = field(default_factory=dict)
     folders: dict[str, tuple[int, int]] = field(default_factory=dict)
     symlinks: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _whole: int = 0
+    """How long the whole is in the file that this was read from or saved to; 0: in none."""
+    _end: int = 0
+    """Where the last line ends there."""
 
     def newest(self) -> int:
         """The newest ctime in it."""
@@ -43,6 +56,7 @@ class Index:
 
     def save(self, path: Path) -> None:
         """Replace the index. A kill leaves the old one or the new one, and both are true."""
+        self._whole = self._end = 0
         try:
             numbers = array("q", chain.from_iterable(self.files.values()))
         except OverflowError:  # an inode's number of 64 bits: nothing is noted, all is made anew
@@ -57,42 +71,90 @@ class Index:
             "reference": self.reference and self.reference.__dict__,
             "files": len(self.files),
             "names": len(names),
+            "length": len(body),
             "checksum": zlib.crc32(body),
         }
+        line = json.dumps(head).encode("ascii") + b"\n"
         new = path.with_name(f"{path.name}.new")
         with open(new, "wb") as file:
-            file.write(json.dumps(head).encode("ascii") + b"\n")
+            file.write(line)
             file.write(body)
         os.replace(new, path)
+        self._whole = self._end = len(line) + len(body)
+
+    def save_after(self, before: "Index", differing: Collection[str], path: Path) -> None:
+        """As `save`, where `before` is what the file holds, and differs from this in nothing but
+        these paths: costs by their number.
+        """
+        room = before._whole * (1 + _LINES) - before._end
+        if len(differing) * 100 < room:
+            tables = ({p: t[p] for p in differing if p in t} for t in self._tables())
+            text = json.dumps(
+                [self.reference and self.reference.__dict__, list(differing), *tables]
+            ).encode("ascii")
+            line = b"%08x %s\n" % (zlib.crc32(text), text)
+            if len(line) < room:
+                with open(path, "r+b") as file:
+                    file.truncate(before._end)
+                    file.seek(before._end)
+                    file.write(line)
+                self._whole, self._end = before._whole, before._end + len(line)
+                return
+        self.save(path)
 
     @classmethod
     def load(cls, path: Path) -> "Index | None":
         """None if there is none to be believed."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            line, _, body = path.read_bytes().partition(b"\n")
+            line, _, rest = path.read_bytes().partition(b"\n")
             head = json.loads(line)
             if (head["format"], head["boot"]) != (FORMAT, boot_id()):
                 return None
+            body = memoryview(rest)[: head["length"]]
             if head["checksum"] != zlib.crc32(body):
                 return None
-            return cls._decoded(head, body)
+            index = cls._decoded(head, body)
+            index._whole = index._end = len(line) + 1 + len(body)
+            for line in rest[len(body) :].splitlines(keepends=True):
+                if not index._goes_on(line):
+                    break
+            return index
         return None
 
     @classmethod
-    def _decoded(cls, head: dict[str, object], body: bytes) -> "Index":
+    def _decoded(cls, head: dict[str, object], body: memoryview) -> "Index":
         count, named = head["files"], head["names"]
         assert isinstance(count, int) and isinstance(named, int)
         start = count * _COLUMNS * 8
-        numbers = iter(array("q", body[:start]))
-        names = body[start : start + named].decode("utf-8", "surrogateescape").split("\0")
-        folders, symlinks = json.loads(body[start + named + 1 :])
+        numbers = array("q")
+        numbers.frombytes(body[:start])
+        files = zip(*[iter(numbers)] * _COLUMNS, strict=True)
+        names = str(body[start : start + named], "utf-8", "surrogateescape").split("\0")
+        folders, symlinks = json.loads(bytes(body[start + named + 1 :]))
         reference = head["reference"]
         return cls(
             Reference(**reference) if isinstance(reference, dict) else None,
-            dict(zip(names, zip(*[numbers] * _COLUMNS, strict=True), strict=True)) if count else {},
+            dict(zip(names, files, strict=True)) if count else {},
             {name: (mode, mtime) for name, (mode, mtime) in folders.items()},
             {name: (target, mtime) for name, (target, mtime) in symlinks.items()},
         )
+
+    def _goes_on(self, line: bytes) -> bool:
+        """Bring this to the state that the line notes; False if the line isn't whole."""
+        checksum, _, text = line.partition(b" ")
+        if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+            return False
+        reference, differing, *tables = json.loads(text)
+        self.reference = reference and Reference(**reference)
+        for mine, theirs in zip(self._tables(), tables, strict=True):
+            for path in differing:
+                mine.pop(path, None)
+            mine.update((path, tuple(what)) for path, what in theirs.items())
+        self._end += len(line)
+        return True
+
+    def _tables(self) -> tuple[dict[str, Any], ...]:
+        return self.files, self.folders, self.symlinks
 
 
 def boot_id() -> str:
