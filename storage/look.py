@@ -6,14 +6,20 @@ it is done with one. It dies with its parent, and without a word if something is
 parent looks for itself, and finds out what.
 """
 
+from __future__ import annotations
+
 import gc
 import marshal
 import os
 import stat
 import sys
-from collections.abc import Callable
+from array import array
 from operator import attrgetter
-from typing import Any
+
+TYPE_CHECKING = False  # as in typing, whose import takes as long as the rest of the start
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 Identity = tuple[int, int, int, int, int]
 """inode, length, mtime_ns, ctime_ns, st_mode"""
@@ -21,6 +27,14 @@ Identity = tuple[int, int, int, int, int]
 identity_of: Callable[[os.stat_result], Identity] = attrgetter(
     "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns", "st_mode"
 )
+
+COLUMNS = 5
+
+Packed = tuple[str, bytes]
+"""The regular files right inside a folder, in the order in which the kernel names them: the names,
+joined by NUL, and the identities, each number in 8 bytes. So the tables of a large tree are few
+objects, and that nothing differs in a folder is seen by one comparison.
+"""
 
 ALL_TAKEN = b"\0"
 """Stands in the queue behind the number of the last batch, once for every process."""
@@ -34,7 +48,9 @@ class Found:
     """What was seen, in plain data; storage/scan.py says what each table means."""
 
     def __init__(self) -> None:
-        self.files: dict[str, Identity] = {}
+        self.files: dict[str, Packed] = {}
+        """Only folders whose files aren't the same as before."""
+        self.same: list[str] = []
         self.folders: dict[str, tuple[int, int]] = {}
         self.symlinks: dict[str, tuple[str, int]] = {}
         self.left_out: list[tuple[str, str]] = []
@@ -43,22 +59,29 @@ class Found:
 
     def add(self, other: dict[str, Any]) -> None:
         """What another process saw, in other folders."""
-        for name, mine in self.__dict__.items():
+        for name, mine in vars(self).items():
             if isinstance(mine, dict):
                 mine.update(other[name])
             else:
                 mine.extend(other[name])
 
 
-def look(tree: str, to_visit: list[str], found: Found, until: int | None = None) -> list[str]:
+def look(
+    tree: str,
+    to_visit: list[str],
+    before: dict[str, Packed],
+    found: Found,
+    until: int | None = None,
+) -> list[str]:
     """Look at all that is below these folders, or until so many are known that are to be visited.
     Returns those.
     """
-    files = found.files
     while to_visit and (until is None or len(to_visit) < until):
         # In breadth if the rest is to be divided, else in depth: that keeps the list short.
         inside = to_visit.pop(-1 if until is None else 0)
         prefix = f"{inside}/" if inside else ""
+        names: list[str] = []
+        numbers: list[int] = []
         try:
             folder = os.open(
                 os.path.join(tree, inside), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -69,25 +92,27 @@ def look(tree: str, to_visit: list[str], found: Found, until: int | None = None)
                         status = entry.stat(follow_symlinks=False)
                         mode = status.st_mode
                         kind = mode & 0o170000
-                        path = prefix + entry.name
+                        name = entry.name
                         if kind == stat.S_IFREG:
-                            files[path] = identity_of(status)
+                            names.append(name)
+                            numbers += identity_of(status)
                             if status.st_nlink > 1:
-                                found.linked.append(path)
+                                found.linked.append(prefix + name)
                             if status.st_blocks * 512 < status.st_size:
-                                found.sparse.append(path)
+                                found.sparse.append(prefix + name)
                         elif kind == stat.S_IFDIR:
-                            found.folders[path] = (mode & 0o7777, status.st_mtime_ns)
-                            to_visit.append(path)
+                            found.folders[prefix + name] = (mode & 0o7777, status.st_mtime_ns)
+                            to_visit.append(prefix + name)
                         elif kind == stat.S_IFLNK:
-                            target = os.readlink(entry.name, dir_fd=folder)
-                            found.symlinks[path] = (target, status.st_mtime_ns)
+                            target = os.readlink(name, dir_fd=folder)
+                            found.symlinks[prefix + name] = (target, status.st_mtime_ns)
                             continue
                         else:
-                            found.left_out.append((path, KINDS.get(kind, "unknown kind")))
+                            what = KINDS.get(kind, "unknown kind")
+                            found.left_out.append((prefix + name, what))
                             continue
                         if mode & 0o7000:
-                            found.left_out += [(path, BITS[b]) for b in BITS if mode & b]
+                            found.left_out += [(prefix + name, BITS[b]) for b in BITS if mode & b]
             finally:
                 os.close(folder)
         except FileNotFoundError as error:
@@ -98,22 +123,51 @@ def look(tree: str, to_visit: list[str], found: Found, until: int | None = None)
             ) from None
         except OSError as error:
             raise CantLook(f"{inside or '.'!r} can't be committed: {error.strerror}") from None
+        if names:
+            files = packed(names, numbers)
+            if files == before.get(inside):
+                found.same.append(inside)
+            else:
+                found.files[inside] = files
     return to_visit
 
 
+def packed(names: Iterable[str], numbers: list[int]) -> Packed:
+    """The names and, one after the other, their identities."""
+    try:
+        columns = array("q", numbers)
+    except OverflowError:  # an inode's number of 64 bits
+        half = 1 << 63
+        columns = array("q", [(number + half) % (2 * half) - half for number in numbers])
+    return "\0".join(names), columns.tobytes()
+
+
+def unpacked(files: Packed) -> dict[str, Identity]:
+    """Name to identity."""
+    numbers = iter(array("q", files[1]))
+    rows = zip(*[numbers] * COLUMNS, strict=True)
+    return {
+        name: (inode % (1 << 64), length, mtime_ns, ctime_ns, mode)
+        for name, (inode, length, mtime_ns, ctime_ns, mode) in zip(
+            files[0].split("\0"), rows, strict=True
+        )
+    }
+
+
 def main() -> None:
-    """For argv: the queue, the parent's process id, the tree; on stdin a file: the batches.
+    """For argv: the queue, the parent's process id, the tree; on stdin a file: the batches, and
+    what was in the tree before.
 
     Takes batches as long as there are any, and writes which they were and what was in them.
     """
     queue, parent, tree = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    found, numbers, batches = Found(), b"", None
+    found, numbers, batches, before = Found(), b"", None, {}
     while (number := os.read(queue, 1)) != ALL_TAKEN:
         if os.getppid() != parent or not number:
             return
         if batches is None:  # complete since before the first number
-            batches = marshal.loads(os.pread(0, os.fstat(0).st_size, 0))
-        look(tree, batches[number[0] - 1], found)
+            batches, before = marshal.loads(os.pread(0, os.fstat(0).st_size, 0))
+        look(tree, batches[number[0] - 1], before, found)
         numbers += number
     with open(1, "wb") as answer:
         marshal.dump((numbers, vars(found)), answer)

@@ -12,20 +12,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from errors import Refused
 from storage import look as look_program
-from storage.look import ALL_TAKEN, CantLook, Found, Identity, identity_of, look
+from storage.look import ALL_TAKEN, CantLook, Found, Packed, identity_of, look
 from storage.manifest import LeftOut
+from storage.treefiles import Files
 
 # From so many files on, the start of a process (15 ms) is less than what it saves.
 MANY = 10_000
 # So many folders can be divided fairly.
 ENOUGH = 64
+# A batch's number is one byte of the pipe, and not 0: nobody reads half of it.
+A_BYTE = 255
+NO_FILES = Files()
 
 # Longer than the clock tick of any local file system that a node would use for scratch.
 A_TICK = 2.0
@@ -35,7 +39,7 @@ A_TICK = 2.0
 class Scan:
     """A tree as it stands. Two of them are equal if nothing changed between the two looks."""
 
-    files: dict[str, Identity] = field(default_factory=dict)
+    files: Files = field(default_factory=Files)
     folders: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Path to all mode bits and mtime."""
     symlinks: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -58,23 +62,25 @@ class Scan:
         return "other" if any(path == entry.path for entry in self.left_out) else None
 
 
-def scan(tree: Path, about: int = 0) -> Scan:
+def scan(tree: Path, before: Files = NO_FILES) -> Scan:
     """`Refused` if something can't be looked at, or goes away meanwhile.
 
-    If about so many files are expected that it pays, other processes look at a part of them.
+    `before`: what is likely to be there. It tells whether it pays that other processes look at a
+    part of the tree, and what is the same is shared with it.
     """
     top, found = os.fspath(tree), Found()
-    helpers = _processes() - 1 if about >= MANY else 0
+    helpers = _processes() - 1 if len(before) >= MANY else 0
     try:
         with _no_collecting():
             if helpers:
-                _look_together(top, found, helpers)
+                _look_together(top, before.folders, found, helpers)
             else:
-                look(top, [""], found)
+                look(top, [""], before.folders, found)
     except CantLook as error:
         raise Refused(str(error)) from None
+    same = {folder: before.folders[folder] for folder in found.same}
     return Scan(
-        found.files,
+        Files(same | found.files),
         found.folders,
         found.symlinks,
         tuple(sorted(LeftOut(*entry) for entry in found.left_out)),
@@ -83,60 +89,69 @@ def scan(tree: Path, about: int = 0) -> Scan:
     )
 
 
-def _look_together(tree: str, found: Found, helpers: int) -> None:
+def _look_together(tree: str, before: dict[str, Packed], found: Found, helpers: int) -> None:
     """As `look`, with so many processes beside this one.
 
-    The top of the tree is looked at here. When folders to be visited are known, they are dealt out
-    in batches, whose numbers stand in a pipe: whoever reads a number takes that batch, so that all
-    are done at about the same time. What no helper answered for is looked at here: each folder is
-    seen by exactly one look that counts, and what it can't look at is told by this process.
+    The top of the tree is looked at here. The folders that are to be visited then are dealt out in
+    batches, whose numbers stand in a pipe: whoever reads a number takes that batch, so that all
+    are done at about the same time. What no helper answers for is looked at here, after all: of
+    each folder one look counts, and what is wrong is always told by this process.
     """
-    queue, numbers = os.pipe()
-    started: list[subprocess.Popen[bytes]] = []
-    with os.fdopen(os.memfd_create("batches"), "wb") as dealt:
-        try:
-            with suppress(OSError, subprocess.SubprocessError):
-                for _ in range(helpers):
-                    started.append(_helper(tree, queue, dealt))
-            to_visit = look(tree, [""], found, until=ENOUGH)
-            count = min(len(to_visit), 255)
-            batches = [to_visit[n::count] for n in range(count)]
-            dealt.write(marshal.dumps(batches))
-            dealt.flush()
-            os.write(numbers, bytes(range(1, count + 1)) + ALL_TAKEN * (helpers + 1))
-            missing = set(range(1, count + 1))
-            while (number := os.read(queue, 1)) != ALL_TAKEN:
-                missing.discard(number[0])
-                look(tree, batches[number[0] - 1], found)
-            for helper in started:
-                # A helper that died left half an answer, or none.
-                with suppress(EOFError, ValueError, TypeError):
-                    assert helper.stdout is not None
-                    covered, tables = marshal.loads(helper.stdout.read())
-                    found.add(tables)
-                    missing -= set(covered)
-            for left in missing:
-                look(tree, batches[left - 1], found)
-        finally:
-            os.close(queue)
-            os.close(numbers)
-            for helper in started:
-                helper.kill()
-                helper.communicate()
+    to_visit = look(tree, [""], before, found, until=ENOUGH)
+    count = min(len(to_visit), A_BYTE)
+    batches = [to_visit[n::count] for n in range(count)]
+    missing = set(range(count))
+    with suppress(OSError, subprocess.SubprocessError), ExitStack() as ending:
+        queue = _dealt(batches, before, helpers, ending)
+        started = [_helper(tree, *queue, ending) for _ in range(helpers if count > 1 else 0)]
+        while (number := os.read(queue[0], 1)) != ALL_TAKEN:
+            missing.discard(number[0] - 1)
+            look(tree, batches[number[0] - 1], before, found)
+        for helper in started:
+            assert helper.stdout is not None
+            with suppress(EOFError, ValueError, TypeError):  # it died: half an answer, or none
+                covered, tables = marshal.loads(helper.stdout.read())
+                found.add(tables)
+                missing.difference_update(number - 1 for number in covered)
+    for left in missing:
+        look(tree, batches[left], before, found)
 
 
-def _helper(tree: str, queue: int, dealt: BinaryIO) -> "subprocess.Popen[bytes]":
+def _dealt(
+    batches: list[list[str]], before: dict[str, Packed], helpers: int, ending: ExitStack
+) -> tuple[int, BinaryIO]:
+    """The pipe with the numbers, open as long as this process lives, and the file of the batches.
+
+    A pipe holds so little at once that filling it can't block; a file has no such limit.
+    """
+    numbers, filling = os.pipe()
+    ending.callback(os.close, numbers)
+    ending.callback(os.close, filling)
+    file = ending.enter_context(os.fdopen(os.memfd_create("batches"), "wb"))
+    file.write(marshal.dumps((batches, before)))
+    file.flush()
+    os.write(filling, bytes(range(1, len(batches) + 1)) + ALL_TAKEN * (helpers + 1))
+    return numbers, file
+
+
+def _helper(
+    tree: str, numbers: int, batches: BinaryIO, ending: ExitStack
+) -> "subprocess.Popen[bytes]":
+    """Another process that looks; it is gone when this one's look ends, however it ends."""
     # Not a fork: this process may hold much memory, and threads.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [
             *(sys.executable, "-I", "-S", "-X", "utf8", look_program.__file__),
-            *(str(queue), str(os.getpid()), tree),
+            *(str(numbers), str(os.getpid()), tree),
         ],
-        stdin=dealt,
+        stdin=batches,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        pass_fds=[queue],
+        pass_fds=[numbers],
     )
+    ending.enter_context(process)
+    ending.callback(process.kill)
+    return process
 
 
 def _processes() -> int:

@@ -18,21 +18,20 @@ an index of another boot isn't believed, and no fsync is needed here.
 """
 
 import json
+import marshal
 import os
 import zlib
-from array import array
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from storage.log import Reference
-from storage.look import Identity
+from storage.treefiles import Files
 
 FORMAT = 2
-_COLUMNS = 5  # of an Identity
+_MARSHAL = 4  # known to every Python
 # The lines behind the whole may take so much of its length, before it is written anew.
 _LINES = 1 / 8
 
@@ -42,7 +41,7 @@ class Index:
     """What a tree holds: the listing of this reference, as it looks on this disk."""
 
     reference: Reference | None = None
-    files: dict[str, Identity] = field(default_factory=dict)
+    files: Files = field(default_factory=Files)
     folders: dict[str, tuple[int, int]] = field(default_factory=dict)
     symlinks: dict[str, tuple[str, int]] = field(default_factory=dict)
     _whole: int = 0
@@ -50,27 +49,14 @@ class Index:
     _end: int = 0
     """Where the last line ends there."""
 
-    def newest(self) -> int:
-        """The newest ctime in it."""
-        return max((identity[3] for identity in self.files.values()), default=0)
-
     def save(self, path: Path) -> None:
         """Replace the index. A kill leaves the old one or the new one, and both are true."""
         self._whole = self._end = 0
-        try:
-            numbers = array("q", chain.from_iterable(self.files.values()))
-        except OverflowError:  # an inode's number of 64 bits: nothing is noted, all is made anew
-            path.unlink(missing_ok=True)
-            return
-        names = "\0".join(self.files).encode("utf-8", "surrogateescape")
-        tables = json.dumps([self.folders, self.symlinks]).encode("ascii")
-        body = numbers.tobytes() + names + b"\n" + tables
+        body = marshal.dumps((self.files.folders, self.folders, self.symlinks), _MARSHAL)
         head = {
             "format": FORMAT,
             "boot": boot_id(),
             "reference": self.reference and self.reference.__dict__,
-            "files": len(self.files),
-            "names": len(names),
             "length": len(body),
             "checksum": zlib.crc32(body),
         }
@@ -88,10 +74,10 @@ class Index:
         """
         room = before._whole * (1 + _LINES) - before._end
         if len(differing) * 100 < room:
-            tables = ({p: t[p] for p in differing if p in t} for t in self._tables())
-            text = json.dumps(
-                [self.reference and self.reference.__dict__, list(differing), *tables]
-            ).encode("ascii")
+            files = {path: self.files.get(path) for path in differing}
+            tables = [{p: t.get(p) for p in differing} for t in (self.folders, self.symlinks)]
+            reference = self.reference and self.reference.__dict__
+            text = json.dumps([reference, files, *tables]).encode("ascii")
             line = b"%08x %s\n" % (zlib.crc32(text), text)
             if len(line) < room:
                 with open(path, "r+b") as file:
@@ -113,7 +99,8 @@ class Index:
             body = memoryview(rest)[: head["length"]]
             if head["checksum"] != zlib.crc32(body):
                 return None
-            index = cls._decoded(head, body)
+            files, folders, symlinks = marshal.loads(body)
+            index = cls(_reference(head["reference"]), Files(files), folders, symlinks)
             index._whole = index._end = len(line) + 1 + len(body)
             for line in rest[len(body) :].splitlines(keepends=True):
                 if not index._goes_on(line):
@@ -121,40 +108,25 @@ class Index:
             return index
         return None
 
-    @classmethod
-    def _decoded(cls, head: dict[str, object], body: memoryview) -> "Index":
-        count, named = head["files"], head["names"]
-        assert isinstance(count, int) and isinstance(named, int)
-        start = count * _COLUMNS * 8
-        numbers = array("q")
-        numbers.frombytes(body[:start])
-        files = zip(*[iter(numbers)] * _COLUMNS, strict=True)
-        names = str(body[start : start + named], "utf-8", "surrogateescape").split("\0")
-        folders, symlinks = json.loads(bytes(body[start + named + 1 :]))
-        reference = head["reference"]
-        return cls(
-            Reference(**reference) if isinstance(reference, dict) else None,
-            dict(zip(names, files, strict=True)) if count else {},
-            {name: (mode, mtime) for name, (mode, mtime) in folders.items()},
-            {name: (target, mtime) for name, (target, mtime) in symlinks.items()},
-        )
-
     def _goes_on(self, line: bytes) -> bool:
         """Bring this to the state that the line notes; False if the line isn't whole."""
         checksum, _, text = line.partition(b" ")
         if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
             return False
-        reference, differing, *tables = json.loads(text)
-        self.reference = reference and Reference(**reference)
-        for mine, theirs in zip(self._tables(), tables, strict=True):
-            for path in differing:
+        reference, files, folders, symlinks = json.loads(text)
+        self.reference = _reference(reference)
+        self.files = self.files.changed({p: what and tuple(what) for p, what in files.items()})
+        for mine, differing in ((self.folders, folders), (self.symlinks, symlinks)):
+            for path, what in differing.items():
                 mine.pop(path, None)
-            mine.update((path, tuple(what)) for path, what in theirs.items())
+                if what is not None:
+                    mine[path] = tuple(what)
         self._end += len(line)
         return True
 
-    def _tables(self) -> tuple[dict[str, Any], ...]:
-        return self.files, self.folders, self.symlinks
+
+def _reference(fields: dict[str, Any] | None) -> Reference | None:
+    return None if fields is None else Reference(**fields)
 
 
 def boot_id() -> str:

@@ -14,8 +14,6 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import compress, filterfalse
-from operator import ne
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,9 +158,9 @@ class WorkTree:
             to_do[path] = wanted.get(path)
         new = replace(known, reference=wanted.reference)
         if to_do:
-            wait_for_a_tick(self._tick, known.newest())
+            wait_for_a_tick(self._tick, known.files.newest())
             new = self._apply(directory, wanted, now, known, to_do)
-        newest = new.newest()
+        newest = new.files.newest()
         self._clock_tells = not new.files or wait_for_a_tick(self._tick, newest) is not None
         if to_do or known.reference != wanted.reference:
             if self._clock_tells:
@@ -179,9 +177,9 @@ class WorkTree:
         if known is not None:
             with suppress(Refused, Damaged):
                 if known.reference == wanted.reference:
-                    return known, scan(self.path, len(known.files)), {}
+                    return known, scan(self.path, known.files), {}
                 before = Listing.read(directory, known.reference)
-                return known, scan(self.path, len(known.files)), wanted.since(before)
+                return known, scan(self.path, known.files), wanted.since(before)
         return None
 
     def _anew(self, directory: Path, wanted: Listing) -> tuple[Index, Scan, Differences]:
@@ -219,12 +217,13 @@ class WorkTree:
                 times = (entry.mtime_ns, entry.mtime_ns)
                 os.utime(os.path.join(top, path), ns=times, follow_symlinks=False)
                 links[path] = (entry.target, entry.mtime_ns)
-        new = Index(wanted.reference, dict(known.files), dict(now.folders), links)
-        for path in to_do:
-            new.files.pop(path, None)
-            new.folders.pop(path, None)
-        reusable = now.files.keys() - now.linked
-        new.files.update(fetch.bring(directory, files, self.path, reusable.__contains__))
+        folders = {path: what for path, what in now.folders.items() if path not in to_do}
+        brought = fetch.bring(
+            directory,
+            files,
+            self.path,
+            lambda path: path in now.files and path not in now.linked,
+        )
         # Last, and what is inside first: an arrival sets the mtime of its folder.
         again = parents | {path for path, entry in to_do.items() if isinstance(entry, Folder)}
         for path in sorted(again, reverse=True):
@@ -232,11 +231,12 @@ class WorkTree:
             if isinstance(folder, Folder):
                 os.chmod(os.path.join(top, path), folder.mode)
                 os.utime(os.path.join(top, path), ns=(folder.mtime_ns, folder.mtime_ns))
-                new.folders[path] = (folder.mode, folder.mtime_ns)
-        return new
+                folders[path] = (folder.mode, folder.mtime_ns)
+        arrived = known.files.changed({path: brought.get(path) for path in to_do})
+        return Index(wanted.reference, arrived, folders, links)
 
     def _scan(self) -> Scan:
-        return scan(self.path, len(self._known.files))
+        return scan(self.path, self._known.files)
 
     @property
     def _index(self) -> Path:
@@ -252,12 +252,9 @@ def _parents(paths: Iterable[str]) -> set[str]:
 
 
 def _compared(now: Scan, known: Index, clock_tells: bool, begin: int | None = None) -> Changes:
-    # Of each file; so without a step in Python that can be left out.
-    files, before = now.files, known.files
-    if clock_tells:
-        touched = frozenset(compress(files, map(ne, map(before.get, files), files.values())))
-    else:
-        touched = frozenset(files)
+    touched, gone = now.files.since(known.files)
+    if not clock_tells:
+        touched = set(now.files)
     others: Differences = {}
     for path, (mode, mtime_ns) in now.folders.items():
         if known.folders.get(path) != (mode, mtime_ns):
@@ -265,8 +262,8 @@ def _compared(now: Scan, known: Index, clock_tells: bool, begin: int | None = No
     for path, (target, mtime_ns) in now.symlinks.items():
         if known.symlinks.get(path) != (target, mtime_ns):
             others[path] = Symlink(path, target, mtime_ns)
-    for table in (before, known.folders, known.symlinks):
-        for path in filterfalse(files.__contains__, table):
-            if path not in now.folders and path not in now.symlinks:
-                others[path] = None
-    return Changes(now, touched, others, begin)
+    here = now.folders.keys() | now.symlinks.keys()
+    for path in gone | known.folders.keys() | known.symlinks.keys():
+        if path not in here and path not in now.files:
+            others[path] = None
+    return Changes(now, frozenset(touched), others, begin)

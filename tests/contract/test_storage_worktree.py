@@ -21,6 +21,7 @@ from storage.directory import Attempt, Directory
 from storage.listing import Listing
 from storage.log import Reference
 from storage.manifest import Entry, Extent, File, Folder, Head, Symlink
+from storage.treefiles import Files
 from storage.worktree import WorkTree
 from tests.storage_kit import both, contents, run, write
 
@@ -318,9 +319,9 @@ def test_a_file_that_changes_while_the_tree_is_looked_at_is_refused(
     attempt, tree = start(root, scratch, "t2")
     name = "a" if look == "one that was there" else "b"
 
-    def after_the_moment(path: Path, about: int) -> scan.Scan:
+    def after_the_moment(path: Path, before: Files) -> scan.Scan:
         write(name, "new")(path)
-        return scan.scan(path, about)
+        return scan.scan(path, before)
 
     monkeypatch.setattr(worktree, "scan", after_the_moment)
     with pytest.raises(Refused, match="changed while it was committed"):
@@ -337,9 +338,9 @@ def test_a_file_that_changes_twice_in_one_tick_while_it_is_committed_is_seen(
     write("a", "1")(tree.path)
     looked, added = scan.scan, Store.add
 
-    def rewritten_before(path: Path, about: int) -> scan.Scan:
+    def rewritten_before(path: Path, before: Files) -> scan.Scan:
         rewrite_in_place(path / "a", 2)
-        return looked(path, about)
+        return looked(path, before)
 
     def and_again(
         self: Store, local: Path, path: str, old: File | None, sparse: bool
