@@ -127,7 +127,7 @@ class Attempt:
         """Store what the run touched, and the manifest of the whole; the rest lies where it lay."""
         assert tree.listing is not None
         changes = tree.changes()
-        used = sum(identity[1] for identity in changes.now.files.values())
+        used = changes.now.files.length()
         if quota is not None and used > quota:
             raise OverQuota(f"{self.directory.key}: {used:,} bytes are more than {quota:,}")
         entries = self._store_files(tree, changes, Store(self.directory.path, folder, self.base.n))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from storage import durable, sealed
 from storage.listing import Missing
+from storage.look import Identity, identity_of
 from storage.manifest import HOLE, SMALL, Extent, File
-from storage.scan import Identity, identity_of
 
 THREADS = 8
 # So many small files are one piece of work for a thread.

@@ -1,6 +1,7 @@
 """The note beside a work tree of what it holds: so that it can be believed, or not at all.
 
-    <slot>/index    a line of JSON, then the tables, with a checksum
+    <slot>/index    a line of JSON, then the tables, with a checksum: the whole
+                    a line for each later state: a checksum, and what differs from the one before
 
 The invariant: *a file whose identity is the one in the index has the content that the index's
 manifest gives it.* It holds at every moment, also while a run is at work and when it is killed,
@@ -8,24 +9,31 @@ because whoever changes a file changes its identity. So the index is written whe
 true (after a checkout, after a commit) and never needs to be taken back: a tree is looked through
 before it is used again, and what isn't as the index says is made anew.
 
+For the same reason each state that was ever noted stays true: of a line that a kill cut short, or
+that is damaged, and of what stands behind it, nothing is believed, and what stands before it is
+right. The next line is written in its place.
+
 A crash of the machine is another matter, since it may keep a file's attributes and lose its bytes:
 an index of another boot isn't believed, and no fsync is needed here.
 """
 
 import json
+import marshal
 import os
 import zlib
-from array import array
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from storage.log import Reference
-from storage.scan import Identity
+from storage.treefiles import Files
 
-FORMAT = 1
-_COLUMNS = 5  # of an Identity
+FORMAT = 2
+_MARSHAL = 4  # known to every Python
+# The lines behind the whole may take so much of its length, before it is written anew.
+_LINES = 1 / 8
 
 
 @dataclass
@@ -33,66 +41,92 @@ class Index:
     """What a tree holds: the listing of this reference, as it looks on this disk."""
 
     reference: Reference | None = None
-    files: dict[str, Identity] = field(default_factory=dict)
+    files: Files = field(default_factory=Files)
     folders: dict[str, tuple[int, int]] = field(default_factory=dict)
     symlinks: dict[str, tuple[str, int]] = field(default_factory=dict)
-
-    def newest(self) -> int:
-        """The newest ctime in it."""
-        return max((identity[3] for identity in self.files.values()), default=0)
+    _whole: int = 0
+    """How long the whole is in the file that this was read from or saved to; 0: in none."""
+    _end: int = 0
+    """Where the last line ends there."""
 
     def save(self, path: Path) -> None:
         """Replace the index. A kill leaves the old one or the new one, and both are true."""
-        try:
-            numbers = array("q", chain.from_iterable(self.files.values()))
-        except OverflowError:  # an inode's number of 64 bits: nothing is noted, all is made anew
-            path.unlink(missing_ok=True)
-            return
-        names = "\0".join(self.files).encode("utf-8", "surrogateescape")
-        tables = json.dumps([self.folders, self.symlinks]).encode("ascii")
-        body = numbers.tobytes() + names + b"\n" + tables
+        self._whole = self._end = 0
+        body = marshal.dumps((self.files.folders, self.folders, self.symlinks), _MARSHAL)
         head = {
             "format": FORMAT,
             "boot": boot_id(),
             "reference": self.reference and self.reference.__dict__,
-            "files": len(self.files),
-            "names": len(names),
+            "length": len(body),
             "checksum": zlib.crc32(body),
         }
+        line = json.dumps(head).encode("ascii") + b"\n"
         new = path.with_name(f"{path.name}.new")
         with open(new, "wb") as file:
-            file.write(json.dumps(head).encode("ascii") + b"\n")
+            file.write(line)
             file.write(body)
         os.replace(new, path)
+        self._whole = self._end = len(line) + len(body)
+
+    def save_after(self, before: "Index", differing: Collection[str], path: Path) -> None:
+        """As `save`, where `before` is what the file holds, and differs from this in nothing but
+        these paths: costs by their number.
+        """
+        room = before._whole * (1 + _LINES) - before._end
+        if len(differing) * 100 < room:
+            files = {path: self.files.get(path) for path in differing}
+            tables = [{p: t.get(p) for p in differing} for t in (self.folders, self.symlinks)]
+            reference = self.reference and self.reference.__dict__
+            text = json.dumps([reference, files, *tables]).encode("ascii")
+            line = b"%08x %s\n" % (zlib.crc32(text), text)
+            if len(line) < room:
+                with open(path, "r+b") as file:
+                    file.truncate(before._end)
+                    file.seek(before._end)
+                    file.write(line)
+                self._whole, self._end = before._whole, before._end + len(line)
+                return
+        self.save(path)
 
     @classmethod
     def load(cls, path: Path) -> "Index | None":
         """None if there is none to be believed."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            line, _, body = path.read_bytes().partition(b"\n")
+            line, _, rest = path.read_bytes().partition(b"\n")
             head = json.loads(line)
             if (head["format"], head["boot"]) != (FORMAT, boot_id()):
                 return None
+            body = memoryview(rest)[: head["length"]]
             if head["checksum"] != zlib.crc32(body):
                 return None
-            return cls._decoded(head, body)
+            files, folders, symlinks = marshal.loads(body)
+            index = cls(_reference(head["reference"]), Files(files), folders, symlinks)
+            index._whole = index._end = len(line) + 1 + len(body)
+            for line in rest[len(body) :].splitlines(keepends=True):
+                if not index._goes_on(line):
+                    break
+            return index
         return None
 
-    @classmethod
-    def _decoded(cls, head: dict[str, object], body: bytes) -> "Index":
-        count, named = head["files"], head["names"]
-        assert isinstance(count, int) and isinstance(named, int)
-        start = count * _COLUMNS * 8
-        numbers = iter(array("q", body[:start]))
-        names = body[start : start + named].decode("utf-8", "surrogateescape").split("\0")
-        folders, symlinks = json.loads(body[start + named + 1 :])
-        reference = head["reference"]
-        return cls(
-            Reference(**reference) if isinstance(reference, dict) else None,
-            dict(zip(names, zip(*[numbers] * _COLUMNS, strict=True), strict=True)) if count else {},
-            {name: (mode, mtime) for name, (mode, mtime) in folders.items()},
-            {name: (target, mtime) for name, (target, mtime) in symlinks.items()},
-        )
+    def _goes_on(self, line: bytes) -> bool:
+        """Bring this to the state that the line notes; False if the line isn't whole."""
+        checksum, _, text = line.partition(b" ")
+        if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+            return False
+        reference, files, folders, symlinks = json.loads(text)
+        self.reference = _reference(reference)
+        self.files = self.files.changed({p: what and tuple(what) for p, what in files.items()})
+        for mine, differing in ((self.folders, folders), (self.symlinks, symlinks)):
+            for path, what in differing.items():
+                mine.pop(path, None)
+                if what is not None:
+                    mine[path] = tuple(what)
+        self._end += len(line)
+        return True
+
+
+def _reference(fields: dict[str, Any] | None) -> Reference | None:
+    return None if fields is None else Reference(**fields)
 
 
 def boot_id() -> str:

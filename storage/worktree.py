@@ -11,8 +11,9 @@ links in a tree that is kept, and are stored once; on another node they are copi
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ from errors import Damaged, Refused
 from storage import durable, fetch
 from storage.keys import check_key, check_name
 from storage.listing import Listing
+from storage.look import identity_of
 from storage.manifest import Differences, File, Folder, LeftOut, Symlink
-from storage.scan import Scan, identity_of, scan, wait_for_a_tick
+from storage.scan import Scan, scan, wait_for_a_tick
 from storage.scratch import Slot, take, wipe
 from storage.treeindex import Index
 
@@ -96,7 +98,7 @@ class WorkTree:
     def changes(self) -> Changes:
         """What is in the tree now, by one look at every name and no look into any file."""
         begin = wait_for_a_tick(self._tick) if self._clock_tells else None
-        return _compared(scan(self.path), self._known, self._clock_tells, begin)
+        return _compared(self._scan(), self._known, self._clock_tells, begin)
 
     def check_unchanged(self, changes: Changes) -> None:
         """What was read of the touched files since is, with the rest, the tree of one moment: that
@@ -110,7 +112,7 @@ class WorkTree:
         """
         changed = f"{self._key}: the tree changed while it was committed"
         if changes.begin is None:
-            if _compared(scan(self.path), self._known, clock_tells=False) != changes:
+            if _compared(self._scan(), self._known, clock_tells=False) != changes:
                 raise Refused(changed)
             return
         for path in ("", *changes.now.folders, *changes.touched):
@@ -128,9 +130,11 @@ class WorkTree:
         """
         self.listing, self.version_n = listing, version_n
         now = changes.now
+        before = self._known
         self._known = Index(listing.reference, now.files, now.folders, now.symlinks)
         if self._clock_tells:
-            self._known.save(self._index)
+            differing = changes.touched | changes.others.keys()
+            self._known.save_after(before, differing, self._index)
 
     def release(self) -> None:
         """Give the tree back, to be kept for the key's next run on this node."""
@@ -152,18 +156,18 @@ class WorkTree:
         astray = found.touched | found.others.keys() | {entry.path for entry in now.left_out}
         for path in sorted(astray - to_do.keys()):
             to_do[path] = wanted.get(path)
+        new = replace(known, reference=wanted.reference)
         if to_do:
-            wait_for_a_tick(self._tick, known.newest())
-            known = self._apply(directory, wanted, now, known, to_do)
-        newest = known.newest()
-        self._clock_tells = not known.files or wait_for_a_tick(self._tick, newest) is not None
+            wait_for_a_tick(self._tick, known.files.newest())
+            new = self._apply(directory, wanted, now, known, to_do)
+        newest = new.files.newest()
+        self._clock_tells = not new.files or wait_for_a_tick(self._tick, newest) is not None
         if to_do or known.reference != wanted.reference:
-            known.reference = wanted.reference
             if self._clock_tells:
-                known.save(self._index)
+                new.save_after(known, to_do.keys() | _parents(to_do), self._index)
             else:
                 self._index.unlink(missing_ok=True)
-        self._known, self.listing = known, wanted
+        self._known, self.listing = new, wanted
 
     def _as_it_was(
         self, directory: Path, wanted: Listing
@@ -173,9 +177,9 @@ class WorkTree:
         if known is not None:
             with suppress(Refused, Damaged):
                 if known.reference == wanted.reference:
-                    return known, scan(self.path), {}
+                    return known, scan(self.path, known.files), {}
                 before = Listing.read(directory, known.reference)
-                return known, scan(self.path), wanted.since(before)
+                return known, scan(self.path, known.files), wanted.since(before)
         return None
 
     def _anew(self, directory: Path, wanted: Listing) -> tuple[Index, Scan, Differences]:
@@ -189,7 +193,7 @@ class WorkTree:
     ) -> Index:
         """Do what is to be done; what the tree looks like then."""
         top = os.fspath(self.path)
-        parents = {path.rpartition("/")[0] for path in to_do} - {""}
+        parents = _parents(to_do)
         for parent in parents & now.folders.keys():
             if now.folders[parent][0] & 0o700 != 0o700:
                 os.chmod(os.path.join(top, parent), 0o700)
@@ -213,12 +217,13 @@ class WorkTree:
                 times = (entry.mtime_ns, entry.mtime_ns)
                 os.utime(os.path.join(top, path), ns=times, follow_symlinks=False)
                 links[path] = (entry.target, entry.mtime_ns)
-        new = Index(wanted.reference, dict(known.files), dict(now.folders), links)
-        for path in to_do:
-            new.files.pop(path, None)
-            new.folders.pop(path, None)
-        reusable = now.files.keys() - now.linked
-        new.files.update(fetch.bring(directory, files, self.path, reusable.__contains__))
+        folders = {path: what for path, what in now.folders.items() if path not in to_do}
+        brought = fetch.bring(
+            directory,
+            files,
+            self.path,
+            lambda path: path in now.files and path not in now.linked,
+        )
         # Last, and what is inside first: an arrival sets the mtime of its folder.
         again = parents | {path for path, entry in to_do.items() if isinstance(entry, Folder)}
         for path in sorted(again, reverse=True):
@@ -226,8 +231,12 @@ class WorkTree:
             if isinstance(folder, Folder):
                 os.chmod(os.path.join(top, path), folder.mode)
                 os.utime(os.path.join(top, path), ns=(folder.mtime_ns, folder.mtime_ns))
-                new.folders[path] = (folder.mode, folder.mtime_ns)
-        return new
+                folders[path] = (folder.mode, folder.mtime_ns)
+        arrived = known.files.changed({path: brought.get(path) for path in to_do})
+        return Index(wanted.reference, arrived, folders, links)
+
+    def _scan(self) -> Scan:
+        return scan(self.path, self._known.files)
 
     @property
     def _index(self) -> Path:
@@ -238,12 +247,14 @@ class WorkTree:
         return self.path.parent / "tick"
 
 
+def _parents(paths: Iterable[str]) -> set[str]:
+    return {path.rpartition("/")[0] for path in paths} - {""}
+
+
 def _compared(now: Scan, known: Index, clock_tells: bool, begin: int | None = None) -> Changes:
-    before = known.files
-    if clock_tells:
-        touched = frozenset(path for path, what in now.files.items() if before.get(path) != what)
-    else:
-        touched = frozenset(now.files)
+    touched, gone = now.files.since(known.files)
+    if not clock_tells:
+        touched = set(now.files)
     others: Differences = {}
     for path, (mode, mtime_ns) in now.folders.items():
         if known.folders.get(path) != (mode, mtime_ns):
@@ -251,7 +262,8 @@ def _compared(now: Scan, known: Index, clock_tells: bool, begin: int | None = No
     for path, (target, mtime_ns) in now.symlinks.items():
         if known.symlinks.get(path) != (target, mtime_ns):
             others[path] = Symlink(path, target, mtime_ns)
-    here = now.files.keys() | now.folders.keys() | now.symlinks.keys()
-    for path in (before.keys() | known.folders.keys() | known.symlinks.keys()) - here:
-        others[path] = None
-    return Changes(now, touched, others, begin)
+    here = now.folders.keys() | now.symlinks.keys()
+    for path in gone | known.folders.keys() | known.symlinks.keys():
+        if path not in here and path not in now.files:
+            others[path] = None
+    return Changes(now, frozenset(touched), others, begin)

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from errors import Damaged, Refused
-from storage import fetch, manifest, scan, sealed, worktree
+from storage import fetch, look, manifest, scan, sealed, worktree
 from storage.contents import Store
 from storage.directory import Attempt, Directory
 from storage.listing import Listing
 from storage.log import Reference
 from storage.manifest import Entry, Extent, File, Folder, Head, Symlink
+from storage.treefiles import Files
 from storage.worktree import WorkTree
 from tests.storage_kit import both, contents, run, write
 
@@ -181,14 +182,13 @@ def test_a_touched_file_is_seen(how: str, root: Path, scratch: Path) -> None:
 def with_a_clock_of(tick_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local file system whose time stamps are that coarse."""
 
-    def coarse(status: os.stat_result) -> scan.Identity:
+    def coarse(status: os.stat_result) -> look.Identity:
         inode, length, mtime_ns, ctime_ns, mode = real(status)
         return inode, length, mtime_ns, ctime_ns // tick_ns * tick_ns, mode
 
-    real = scan.identity_of
-    monkeypatch.setattr(scan, "identity_of", coarse)
-    monkeypatch.setattr(fetch, "identity_of", coarse)
-    monkeypatch.setattr(worktree, "identity_of", coarse)
+    real = look.identity_of
+    for module in (look, scan, fetch, worktree):
+        monkeypatch.setattr(module, "identity_of", coarse)
 
 
 def in_place(number: int, tree: Path) -> None:
@@ -319,9 +319,9 @@ def test_a_file_that_changes_while_the_tree_is_looked_at_is_refused(
     attempt, tree = start(root, scratch, "t2")
     name = "a" if look == "one that was there" else "b"
 
-    def after_the_moment(path: Path) -> scan.Scan:
+    def after_the_moment(path: Path, before: Files) -> scan.Scan:
         write(name, "new")(path)
-        return scan.scan(path)
+        return scan.scan(path, before)
 
     monkeypatch.setattr(worktree, "scan", after_the_moment)
     with pytest.raises(Refused, match="changed while it was committed"):
@@ -338,9 +338,9 @@ def test_a_file_that_changes_twice_in_one_tick_while_it_is_committed_is_seen(
     write("a", "1")(tree.path)
     looked, added = scan.scan, Store.add
 
-    def rewritten_before(path: Path) -> scan.Scan:
+    def rewritten_before(path: Path, before: Files) -> scan.Scan:
         rewrite_in_place(path / "a", 2)
-        return looked(path)
+        return looked(path, before)
 
     def and_again(
         self: Store, local: Path, path: str, old: File | None, sparse: bool
