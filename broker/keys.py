@@ -1,7 +1,15 @@
 """The names of Cohort's keys in Redis. All but the queues themselves share one hash tag.
 
 A queue stays a plain list under its own name, so that a stock Celery producer can feed it.
+`TABLE`, at the end, says of every key in a fleet's Redis whose it is and when it goes. The tests
+look it up for each key that they leave behind: what isn't in it is a leak or an oversight.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
 
 TAG = "{cohort}"
 
@@ -74,3 +82,71 @@ def delayed(queue: str) -> str:
 def leader(duty: str) -> str:
     """String with a time to live: who does this duty now."""
     return f"{TAG}leader:{duty}"
+
+
+Type = Literal["string", "hash", "list", "set", "zset", "stream"]
+
+
+@dataclass(frozen=True)
+class KeyKind:
+    """What is known of all keys whose name matches `pattern` (a glob)."""
+
+    pattern: str
+    type: Type
+    owner: Literal["cohort", "celery"]
+    ends: str
+    """Who takes out what is in it; an empty hash, list or set is no key any more."""
+    expires: bool = False
+    """Whether such a key must have a time to live: nobody else deletes it."""
+
+    def matches(self, name: str) -> bool:
+        """Whether a key of this name is one of them."""
+        return fnmatchcase(name, self.pattern)
+
+
+def _ours(name: str, type: Type, ends: str, *, expires: bool = False) -> KeyKind:
+    return KeyKind(name, type, "cohort", ends, expires)
+
+
+def _celery(pattern: str, type: Type, ends: str, *, expires: bool = False) -> KeyKind:
+    return KeyKind(pattern, type, "celery", ends, expires)
+
+
+TABLE: tuple[KeyKind, ...] = (
+    _ours(LOCKS, "hash", "finish, with nobody parked"),
+    _ours(PARKED, "zset", "finish, which hands the lock on"),
+    _ours(READY, "list", "claim"),
+    _ours(SEQUENCE, "string", "nobody: one counter"),
+    _ours(DELIVERIES, "hash", "finish"),
+    _ours(DEAD, "list", "an operator; the newest 1,000 stay"),
+    _ours(BELL, "list", "idle nodes; at most 100 rings"),
+    _ours(LEASES, "zset", "reap, leave"),
+    _ours(NODES, "hash", "reap, leave"),
+    _ours(FLEET, "string", "nobody: one name"),
+    _ours(SEGMENTS, "hash", "drop, when a segment has expired"),
+    _ours(GENERATION, "string", "nobody: one note"),
+    _ours(f"{TAG}outcomes:????", "hash", "sweep, forget"),
+    _ours(put_once("*", 0)[:-1] + "*", "string", "its time to live", expires=True),
+    _ours(claims("*"), "hash", "finish, give back, reap"),
+    _ours(delayed("*"), "zset", "claim, once it is due"),
+    _ours(leader("*"), "string", "its time to live", expires=True),
+    # Celery's and kombu's own. Queues themselves are lists named by the bindings.
+    _celery("celery-task-meta-*", "string", "its time to live", expires=True),
+    _celery("celery-taskset-meta-*.j", "zset", "the chord; its time to live", expires=True),
+    _celery("celery-taskset-meta-*.[ts]", "string", "the chord; its time to live", expires=True),
+    _celery("celery-taskset-meta-*", "string", "its time to live", expires=True),
+    _celery("_kombu.binding.*", "set", "whoever deletes the queue; one for each exchange"),
+    _celery(
+        "_kombu.binding_permanent.*", "set", "whoever deletes the queue; the same, of named ones"
+    ),
+    _celery("_kombu.binding_deadlines", "zset", "kombu, which renews them or lets them lapse"),
+    _celery("unacked", "hash", "a stock consumer that acknowledges"),
+    _celery("unacked_index", "zset", "a stock consumer that acknowledges"),
+    _celery("unacked_mutex", "string", "its time to live", expires=True),
+    _celery("*.reply.celery.pidbox", "list", "who asked by remote control"),
+)
+
+
+def kind_of(name: str) -> KeyKind | None:
+    """The first line of the table that speaks of this key; None: a queue's list, or a stranger."""
+    return next((kind for kind in TABLE if kind.matches(name)), None)

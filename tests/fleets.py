@@ -19,6 +19,7 @@ from storage.directory import Directory
 from storage.worktree import WorkTree
 from tasks.application import configuration
 from tasks.settings import Settings
+from tests.redis_audit import audited
 
 T = TypeVar("T")
 
@@ -111,7 +112,8 @@ def running_fleet(
     ) as fleet:
         producer = Producer(fleet, crash)
         try:
-            yield producer
+            with audited(fleet.redis_url):
+                yield producer
         finally:
             if os.environ.get("SHOW_FLEET_LOGS"):
                 for part in fleet.parts:

