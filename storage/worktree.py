@@ -238,9 +238,7 @@ class WorkTree:
         return self.path.parent / "tick"
 
 
-def _compared(
-    now: Scan, known: Index, clock_tells: bool, begin: int | None = None
-) -> Changes:
+def _compared(now: Scan, known: Index, clock_tells: bool, begin: int | None = None) -> Changes:
     before = known.files
     if clock_tells:
         touched = frozenset(path for path, what in now.files.items() if before.get(path) != what)

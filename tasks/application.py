@@ -44,6 +44,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "worker_concurrency": settings.cpus,
+        "worker_soft_shutdown_timeout": settings.soft_shutdown,
         # A claim holds its job's lock: none is taken before a process is free to run it.
         "worker_prefetch_multiplier": 1,
         "worker_send_task_events": True,

@@ -27,6 +27,15 @@ _HARD_LIMIT_GRACE = 30.0
 """Seconds that a job has to clean up after its timeout, before its process is killed."""
 
 
+class _ANeedOnly(str):
+    """The memory of a job whose author gave none: it is kept free, and nobody is held to it."""
+
+    __slots__ = ()
+
+
+_MEMORY = _ANeedOnly("512 MiB")
+
+
 @dataclass(frozen=True)
 class JobDefinition:
     """What `@job` was told. Memory is in bytes, timeout in seconds."""
@@ -35,9 +44,12 @@ class JobDefinition:
     key: str | None
     cpus: int
     memory: int
+    """What a node must have free for it."""
     retries: int
     timeout: float | None
     after_commit: Callable[[Any], object] | None
+    memory_limit: int | None = None
+    """What it is ended for exceeding: its memory, if its author gave one."""
 
     def key_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """The key for these arguments, or None for a keyless job. Raises `InvalidKey`."""
@@ -116,7 +128,7 @@ def job(
     *,
     key: str | None = None,
     cpus: int = 1,
-    memory: str | int = "512 MiB",
+    memory: str | int = _MEMORY,
     retries: int = 0,
     timeout: str | float | None = None,
     after_commit: Callable[[Any], object] | None = None,
@@ -129,7 +141,7 @@ def job(
     *,
     key: str | None = None,
     cpus: int = 1,
-    memory: str | int = "512 MiB",
+    memory: str | int = _MEMORY,
     retries: int = 0,
     timeout: str | float | None = None,
     after_commit: Callable[[Any], object] | None = None,
@@ -138,9 +150,10 @@ def job(
     """Make a function that takes a `Run` first into a Celery task of Cohort's app.
 
     `key` is a template over the function's arguments, `None` for a job without lock and directory.
-    `retries` counts tries after the first. `timeout` is a span such as "2h". `after_commit` is
-    called with the result once it is committed, and again if the job is delivered again: it must
-    be idempotent. Further options are Celery's.
+    `retries` counts tries after the first. `timeout` is a span such as "2h". A job that takes more
+    than the `memory` given is ended; without one a node keeps 512 MiB free for it. `after_commit`
+    is called with the result once it is committed, and again if the job is delivered again: it
+    must be idempotent. Further options are Celery's.
     """
     if function is None:
         return functools.partial(
@@ -189,6 +202,7 @@ def _define(
             retries=retries,
             timeout=None if timeout is None else parse_span(timeout),
             after_commit=after_commit,
+            memory_limit=None if isinstance(memory, _ANeedOnly) else parse_size(memory),
         )
     except ValueError as error:
         raise Refused(f"{name}: memory or timeout: expected {error}") from None
