@@ -65,3 +65,7 @@ class WrongMount(Refused):
 
 class DeadLettered(CohortError):
     """A job was delivered too often without an end: its node or process died each time."""
+
+
+class MemoryExceeded(CohortError):
+    """A job took more memory than its definition allows, and was ended. It isn't tried again."""

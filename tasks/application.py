@@ -46,6 +46,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "worker_consumer": "workers.consumer:FleetConsumer",
         # What is claimed ahead is limited by how long it takes, and goes back if it takes longer.
         "worker_prefetch_multiplier": 0,
+        "worker_soft_shutdown_timeout": settings.soft_shutdown,
         "timezone": "UTC",
         "beat_schedule_filename": str(settings.state / "beat-schedule"),
         "beat_schedule": {

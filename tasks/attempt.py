@@ -30,6 +30,7 @@ from storage.directory import Attempt, Directory
 from storage.log import Record
 from storage.logs import OutputLog
 from storage.worktree import WorkTree
+from tasks.enclosure import enclosed
 from tasks.output import RunLog
 from tasks.progress import ProgressReport
 from tasks.results import check_size, committed_as
@@ -174,7 +175,8 @@ def _storage_waited_for(task: JobTask) -> Iterator[None]:
 def _call(task: JobTask, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     assert task.definition is not None
     _refuse_if_dead(task)
-    result = task.definition.function(run, *args, **kwargs)
+    with enclosed(run.claim_id, task.definition.memory_limit):
+        result = task.definition.function(run, *args, **kwargs)
     # What can't be recorded must fail before the commit, not after it.
     encoded = task.backend.encode(result)
     check_size(encoded)

@@ -30,13 +30,19 @@ from tasks.settings import current, parse_size, parse_span
 _HARD_LIMIT_GRACE = 30.0
 """Seconds that a job has to clean up after its timeout, before its process is killed."""
 
-_MEMORY = 512 << 20
-"""What a job that doesn't say how much memory it needs is given."""
-
 Conflict = Literal["wait", "skip", "replace"]
 """What a submission does whose key is taken: it waits its turn; it is dropped; or it takes the
 place of the one that waits.
 """
+
+
+class _ANeedOnly(str):
+    """The memory of a job whose author gave none: it is kept free, and nobody is held to it."""
+
+    __slots__ = ()
+
+
+_MEMORY = _ANeedOnly("512 MiB")
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,12 @@ class JobDefinition:
     key: str | None
     cpus: int
     memory: int
+    """What a node must have free for it."""
     retries: int
     timeout: float | None
     after_commit: Callable[[Any], object] | None
+    memory_limit: int | None = None
+    """What it is ended for exceeding: its memory, if its author gave one."""
     gpus: int = 0
     labels: tuple[str, ...] = ()
     """What a node must be called to run it: each of them, in order, each once."""
@@ -152,7 +161,7 @@ def job(
     *,
     key: str | None = None,
     cpus: int = 1,
-    memory: str | int = "512 MiB",
+    memory: str | int = _MEMORY,
     retries: int = 0,
     timeout: str | float | None = None,
     after_commit: Callable[[Any], object] | None = None,
@@ -169,7 +178,7 @@ def job(
     *,
     key: str | None = None,
     cpus: int = 1,
-    memory: str | int = "512 MiB",
+    memory: str | int = _MEMORY,
     retries: int = 0,
     timeout: str | float | None = None,
     after_commit: Callable[[Any], object] | None = None,
@@ -182,9 +191,10 @@ def job(
     """Make a function that takes a `Run` first into a Celery task of Cohort's app.
 
     `key` is a template over the function's arguments, `None` for a job without lock and directory.
-    `retries` counts tries after the first. `timeout` is a span such as "2h". `after_commit` is
-    called with the result once it is committed, and again if the job is delivered again: it must
-    be idempotent. It runs on a node with `gpus` to spare that bears every one of `labels`.
+    `retries` counts tries after the first. `timeout` is a span such as "2h". A job that takes more
+    than the `memory` given is ended; without one a node keeps 512 MiB free for it. `after_commit`
+    is called with the result once it is committed, and again if the job is delivered again: it
+    must be idempotent. It runs on a node with `gpus` to spare that bears every one of `labels`.
 
     `conflict` says what becomes of a submission whose key is taken: "wait" for its turn, "skip" it,
     or "replace" the one that waits. With `directory=False` the key is a lock and nothing else: the
@@ -266,6 +276,7 @@ def _define(
             labels=_labels(labels, name),
             conflict=conflict,
             directory=directory,
+            memory_limit=None if isinstance(memory, _ANeedOnly) else parse_size(memory),
         )
     except ValueError as error:
         raise Refused(f"{name}: memory or timeout: expected {error}") from None

@@ -8,8 +8,6 @@ recorded only once the child is dead and the log has been read.
 from __future__ import annotations
 
 import os
-import select
-import signal
 from typing import Any, Protocol
 from weakref import ref
 
@@ -26,6 +24,7 @@ from broker.transport import current_claimant
 from errors import DeadLettered
 from storage.log import State
 from tasks.attempt import GoesBack
+from tasks.family import Child
 from tasks.results import Outcome, collected_outcomes
 
 logger = get_logger(__name__)
@@ -40,8 +39,8 @@ class Node(Protocol):
     def end(self, request: JobRequest) -> None:
         """It has ended and leaves no outcome."""
 
-    def give_back_lost(self, request: JobRequest) -> None:
-        """Return a claim whose child was lost, once the child is dead."""
+    def end_lost(self, request: JobRequest, error: BaseException) -> None:
+        """Its child was lost: back goes the claim, unless the node knows of a reason to end it."""
 
     def conclude(self, request: JobRequest, state: State, error: BaseException) -> None:
         """Record a final outcome for a child, once it is dead and the log has been read."""
@@ -79,36 +78,6 @@ def _ends(failed: int, value: Any) -> bool:
     return not isinstance(error, (Retry, GoesBack)) and not (
         isinstance(error, Reject) and error.requeue
     )
-
-
-class Child:
-    """A pool process, held by a descriptor, so that its number can't come to mean another."""
-
-    def __init__(self, pid: int) -> None:
-        try:
-            self._descriptor: int | None = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._descriptor = None
-
-    def has_ended(self, timeout: float) -> bool:
-        """Wait up to so many seconds for its end."""
-        if self._descriptor is None:
-            return True
-        poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
-
-    def kill(self) -> None:
-        """End it at once."""
-        if self._descriptor is not None:
-            try:
-                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
-            except ProcessLookupError:
-                return
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
 
 
 class JobRequest(Request):  # type: ignore[misc]
@@ -220,12 +189,14 @@ class JobRequest(Request):  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A time limit has passed."""
+        if not soft and self.child is not None:
+            self.child.kill()
         if soft or self.key is None or _node is None:
             super().on_timeout(soft, timeout)
+            if not soft and _node is not None:
+                _node.end_child(self)
             return
         logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
-        if self.child is not None:
-            self.child.kill()
         self.settle()
         _node.conclude(self, "FAILURE", TimeLimitExceeded(timeout))
 
@@ -238,9 +209,8 @@ class JobRequest(Request):  # type: ignore[misc]
             error = self._worker_lost_info(error).exception
         if isinstance(error, WorkerLostError) and _node is not None:
             if not self.acknowledged:
-                logger.error("%s[%s]: %s; it goes back", self.name, self.id, error)
                 self.settle()
-                _node.give_back_lost(self)
+                _node.end_lost(self, error)
             return
         if isinstance(error, GoesBack):
             task_ready(self)

@@ -172,6 +172,8 @@ class Settings:
     """How often a job may be lost with its node or process before it is dead-lettered."""
     stop_grace: float = _setting(parse_span, 10.0)
     """What a cancelled run is given before it is killed."""
+    soft_shutdown: float = _setting(parse_span, 0.0)
+    """What running jobs are given at a SIGQUIT before they are given back. 0: nothing."""
     results_expire: float = _setting(parse_span, 86400.0)
     results_in_redis: float = _setting(parse_span, 300.0)
     """How long an outcome stays in Redis; later it is read from the shared folder."""

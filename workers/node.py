@@ -22,6 +22,7 @@ from tasks.request import JobRequest
 from tasks.results import Outcome, committed_as
 from tasks.settings import Settings
 from workers.essential import essential_thread
+from workers.limits import Limits
 from workers.writer import Writer
 
 logger = get_logger(__name__)
@@ -34,11 +35,19 @@ _A_MOMENT = 0.5
 class WorkerNode:
     """One worker's main process, for as long as it lives."""
 
-    def __init__(self, settings: Settings, root: Path, writer: Writer, claimant: Claimant) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        root: Path,
+        writer: Writer,
+        claimant: Claimant,
+        limits: Limits,
+    ) -> None:
         self._settings = settings
         self._root = root
         self._writer = writer
         self._claimant = claimant
+        self._limits = limits
         self._stopped = threading.Event()
 
     def record(self, outcome: Outcome) -> None:
@@ -49,9 +58,9 @@ class WorkerNode:
         """It has ended and leaves no outcome."""
         self._writer.end(request.claim_id)
 
-    def give_back_lost(self, request: JobRequest) -> None:
-        """Return a claim whose child was lost, once the child is dead."""
-        self._aside(self._give_back_lost, request)
+    def end_lost(self, request: JobRequest, error: BaseException) -> None:
+        """Its child was lost: back goes the claim, unless the node knows of a reason to end it."""
+        self._aside(self._end_lost, request, error)
 
     def conclude(self, request: JobRequest, state: State, error: BaseException) -> None:
         """Record a final outcome for a child, once it is dead and the log has been read."""
@@ -86,9 +95,13 @@ class WorkerNode:
                 logger.error("%s[%s]: stopped, the lease is lost", request.name, request.id)
                 request.cancel(pool, signal="KILL", emit_retry=False)
 
-    def _aside(self, act: Callable[..., None], *arguments: Any) -> None:
+    def _aside(self, act: Callable[..., None], request: JobRequest, *arguments: Any) -> None:
+        def run() -> None:
+            act(request, *arguments)
+            self._limits.forget(request)
+
         # Waiting for a death and reading the shared folder have no place in the event loop.
-        essential_thread("cohort-conclude", lambda: act(*arguments)).start()
+        essential_thread("cohort-conclude", run).start()
 
     def _end_child(self, request: JobRequest) -> None:
         child = request.child
@@ -96,27 +109,36 @@ class WorkerNode:
             logger.warning("%s[%s]: killed after its grace", request.name, request.id)
             child.kill()
             child.has_ended(self._settings.stop_grace)
+        if child is not None:
+            child.end_family(request.claim_id)
         if request.key is not None:
             WorkTree(self._settings.scratch, request.key, request.claim_id).remove()
 
-    def _give_back_lost(self, request: JobRequest) -> None:
+    def _end_lost(self, request: JobRequest, error: BaseException) -> None:
         self._end_child(request)
-        self._writer.give_back(request.claim_id, lost=True)
+        reason = self._limits.reason_of(request)
+        if reason is None:
+            logger.error("%s[%s]: %s; it goes back", request.name, request.id, error)
+            self._writer.give_back(request.claim_id, lost=True)
+        else:
+            logger.error("%s[%s]: %s", request.name, request.id, reason)
+            self._conclude(request, "FAILURE", reason)
 
     def _conclude(self, request: JobRequest, state: State, error: BaseException) -> None:
-        assert request.key is not None
         self._end_child(request)
         backend = request.task.backend
-        record = self._record_end(request, state, error)
-        if record is None:
-            return
-        if record.claim_id == request.claim_id:
-            # The child had committed before it died. The next delivery tells that outcome,
-            # and sends the links and chains that the child may not have sent.
-            self._writer.give_back(request.claim_id, lost=False)
-            return
-        committed_as(record.task_id, record.key, record.n)
-        if record.state == states.REVOKED:
+        if request.key is not None:
+            record = self._record_end(request, state, error)
+            if record is None:
+                return
+            if record.claim_id == request.claim_id:
+                # The child had committed before it died. The next delivery tells that outcome,
+                # and sends the links and chains that the child may not have sent.
+                self._writer.give_back(request.claim_id, lost=False)
+                return
+            committed_as(record.task_id, record.key, record.n)
+            state = record.state
+        if state == states.REVOKED:
             backend.mark_as_revoked(
                 request.id, str(error), request=request.context, store_result=request.store_errors
             )

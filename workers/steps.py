@@ -21,6 +21,7 @@ from broker.transport import consume_as
 from errors import CohortError, SettingsError, WrongMount
 from storage import mount, mount_options
 from storage.segments import Entry, SegmentWriter
+from tasks.enclosure import enclose_in
 from tasks.journal import entry_of
 from tasks.request import JobRequest, run_on
 from tasks.results import record_with
@@ -28,7 +29,9 @@ from tasks.settings import Settings, current
 from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
 from workers.heartbeat import Heartbeat
 from workers.housekeeping import Housekeeping
+from workers.limits import Limits, delegated_group
 from workers.node import WorkerNode
+from workers.orphans import end_those_of_dead_lives, leave_mark
 from workers.writer import Writer
 
 logger = get_logger(__name__)
@@ -69,6 +72,13 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 logger.warning("dangerous shared folder %s; %s", folder, said.advice)
         server.belongs_to(self._client, proof.fleet_id)
         self._see_the_others()
+        # Before the pool is forked: what its processes start inherits the mark, and the group.
+        left = end_those_of_dead_lives(settings.scratch, settings.node)
+        if left:
+            logger.warning("ended %d processes of this node's earlier life: %s", len(left), left)
+        self._mark = leave_mark(settings.scratch, settings.node)
+        self._groups = delegated_group()
+        enclose_in(self._groups)
 
     def _see_the_others(self) -> None:
         """Each live node left a nonce in the folder; who doesn't see it looks at another folder."""
@@ -124,7 +134,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             backend,
             self._settings.journal_keep,
         )
-        self.node = WorkerNode(self._settings, self._root, self.writer, self.claimant)
+        self.limits = Limits(self._groups)
+        self.node = WorkerNode(
+            self._settings, self._root, self.writer, self.claimant, self.limits
+        )
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish
         self.claimant.on_claim = self._note
@@ -133,6 +146,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.writer.start()
         self.heartbeat.start()
         self.housekeeping.start()
+        self.limits.start()
         record_with(self.writer.record)
         run_on(self.node)
         consume_as(self.claimant)
@@ -159,6 +173,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _leave(self, **kwargs: Any) -> None:
         self.node.stop()
+        self.limits.stop()
         self.housekeeping.stop()
         if not self.writer.stop(_FLUSH_SECONDS):
             logger.error("outcomes could not be written in time; their claims go back")
@@ -168,3 +183,4 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self.claimant.leave()
         except (redis.RedisError, OSError) as error:
             logger.warning("could not say goodbye, the lease runs out instead: %s", error)
+        self._mark.remove()
