@@ -38,9 +38,9 @@ def outcomes(bucket: int) -> str:
     return f"{TAG}outcomes:{bucket:04x}"
 
 
-def put_once(task_id: str, retries: int) -> str:
-    """String with a time to live: this delivery of a journaled job was put into a queue."""
-    return f"{TAG}put:{task_id}:{retries}"
+def submitted(bucket: int) -> str:
+    """Hash, one of 65,536, with a time to live: marks of what was put into a queue."""
+    return f"{TAG}submitted:{bucket:04x}"
 
 
 def claims(member: str) -> str:

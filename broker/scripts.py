@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import redis
 from redis.commands.core import Script
-from redis.exceptions import NoScriptError, OutOfMemoryError
+from redis.exceptions import NoScriptError
 
 from broker import keys
-from errors import BrokerFull
 
 _LUA = Path(__file__).parent / "lua"
 
@@ -115,25 +114,14 @@ class Scripts:
             reply = self.client.execute_command(*command)  # type: ignore[no-untyped-call]
         return self.claim_reply(reply)
 
-    @cached_property
-    def _put(self) -> Script:
-        return self._script("put")
-
     def put(
         self, list_name: str, queue: str, payload: str, due_ms: int | None
     ) -> Literal["queued", "delayed"]:
         """Put a message into a queue's list, or aside until it is due. Raises `BrokerFull`."""
-        try:
-            word = self._put(
-                keys=[list_name, keys.delayed(queue), keys.BELL],
-                args=[payload, "" if due_ms is None else due_ms],
-            )
-        except OutOfMemoryError:
-            raise BrokerFull(
-                f"queue {queue}: Redis is at its memory limit and takes no new jobs; those "
-                "accepted go on. Try again when some have ended, or raise maxmemory"
-            ) from None
-        return "delayed" if word == b"delayed" else "queued"
+        from broker.producing import Put, Putter
+
+        (word,) = Putter(self.client).put([Put(list_name, queue, payload, "", due_ms)])
+        return "delayed" if word == "delayed" else "queued"
 
     @cached_property
     def _requalify(self) -> Script:

@@ -218,7 +218,7 @@ def look(client: Any, queues: Sequence[str]) -> Picture:
     others = {keys.SEQUENCE, keys.DEAD, keys.BELL, keys.FLEET, keys.SEGMENTS, keys.GENERATION}
     # Kombu's own: bindings of exchanges, and what a stock consumer holds.
     # The index of outcomes, and marks of what was put once, have tests of their own.
-    elsewhere = (keys.outcomes(0)[:-4], keys.put_once("", 0)[:-2])
+    elsewhere = (keys.outcomes(0)[:-4], keys.submitted(0)[:-4])
     foreign = ("_kombu.", "unacked", "celery-task-meta-", keys.leader(""), *elsewhere)
     for raw in list(client.scan_iter(count=1000)):
         name = raw.decode()
