@@ -138,8 +138,8 @@ class Putter:
                 queues = ", ".join(sorted({one.queue for one in some}))
                 accepted = f" of {len(puts)} {len(words)} are accepted." if words else ""
                 raise BrokerFull(
-                    f"queue {queues}: Redis is at its memory limit and takes no new jobs; "
-                    f"those accepted go on.{accepted} Try again when some have ended, or raise maxmemory"
+                    f"queue {queues}: Redis is at its memory limit and takes no new jobs; those "
+                    f"accepted go on.{accepted} Try again when some have ended, or raise maxmemory"
                 ) from None
             words += [word.decode() for word in found]
         return words
