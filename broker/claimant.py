@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from broker.needs import NONE, Needs, Room
-from broker.retry import Put
+from broker.producing import Put
 from broker.scripts import Asking, Claimed, Claims, Scripts
 
 CLAIM_PREFIX = "claim-"

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import redis
-from redis.exceptions import OutOfMemoryError
 
 from broker import keys
-from broker.scripts import Scripts, source
-from errors import BrokerFull
+from broker.producing import Put, Putter, Word, identity_of
+from broker.scripts import Scripts
 
 
 @dataclass(frozen=True)
@@ -58,32 +57,23 @@ def note_of(queue: str, list_name: str, message: str | bytes, due_ms: int | None
     )
 
 
-def put_once(scripts: Scripts, note: Note, keep: float) -> Literal["queued", "delayed", "there"]:
+def put_once(scripts: Scripts, note: Note, keep: float) -> Word:
     """Put a noted job into its queue unless that was done before. Raises `BrokerFull`."""
-    put: Any = scripts.client.register_script(source("put_once"))
-    try:
-        word: bytes = put(
-            keys=[
-                keys.put_once(note.task_id, note.retries),
-                note.list,
-                keys.delayed(note.queue),
-                keys.BELL,
-            ],
-            args=[note.message, "" if note.due_ms is None else note.due_ms, int(keep * 1000)],
-        )
-    except OutOfMemoryError:
-        raise BrokerFull(
-            f"queue {note.queue}: Redis is at its memory limit and takes no new jobs"
-        ) from None
-    return word.decode()  # type: ignore[return-value]
+    one = Put(note.list, note.queue, note.message, _identity(note), note.due_ms)
+    return Putter(scripts.client).put([one], keep)[0]
 
 
 def put_before(client: redis.Redis, notes: Iterable[Note]) -> list[bool]:
     """Which deliveries carry the mark of having been put."""
-    with client.pipeline(transaction=False) as pipeline:
-        for note in notes:
-            pipeline.exists(keys.put_once(note.task_id, note.retries))
-        return [bool(there) for there in pipeline.execute()]
+    return Putter(client).known([_identity(note) for note in notes])
+
+
+def _identity(note: Note) -> str:
+    """A durable job is put by its producer or from its note, whoever is first. Of another there is
+    a note because a node had claimed it: that it was put once is no reason not to put it again.
+    """
+    submission = identity_of(json.loads(note.message)["headers"])
+    return submission if note.durable else f"{submission} again"
 
 
 def jobs_in_redis(client: Any) -> set[str]:

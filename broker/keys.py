@@ -59,9 +59,9 @@ def outcomes(bucket: int) -> str:
     return f"{TAG}outcomes:{bucket:04x}"
 
 
-def put_once(task_id: str, retries: int) -> str:
-    """String with a time to live: this delivery of a journaled job was put into a queue."""
-    return f"{TAG}put:{task_id}:{retries}"
+def submitted(bucket: int) -> str:
+    """Hash, one of 65,536, with a time to live: marks of what was put into a queue."""
+    return f"{TAG}submitted:{bucket:04x}"
 
 
 def claims(member: str) -> str:
@@ -118,7 +118,14 @@ TABLE: tuple[KeyKind, ...] = (
     _ours(READY, "list", "claim"),
     _ours(SEQUENCE, "string", "nobody: one counter"),
     _ours(DELIVERIES, "hash", "finish"),
-    _ours(DEAD, "list", "an operator; the newest 1,000 stay"),
+    _ours(WAITING, "zset", "claim"),
+    _ours(SHAPES, "hash", "claim"),
+    _ours(RESERVED, "hash", "claim, reap, leave"),
+    _ours(SPARE, "hash", "reap, leave"),
+    _ours(CLAIMED, "hash", "finish, give back, reap"),
+    _ours(SETTLED, "hash", "finish; sweep, after a week"),
+    _ours(DEAD, "hash", "an operator"),
+    _ours(own_bell("*"), "list", "the node that it wakes; reap, leave"),
     _ours(BELL, "list", "idle nodes; at most 100 rings"),
     _ours(LEASES, "zset", "reap, leave"),
     _ours(NODES, "hash", "reap, leave"),
@@ -126,7 +133,7 @@ TABLE: tuple[KeyKind, ...] = (
     _ours(SEGMENTS, "hash", "drop, when a segment has expired"),
     _ours(GENERATION, "string", "nobody: one note"),
     _ours(f"{TAG}outcomes:????", "hash", "sweep, forget"),
-    _ours(put_once("*", 0)[:-1] + "*", "string", "its time to live", expires=True),
+    _ours(f"{TAG}submitted:????", "hash", "its time to live", expires=True),
     _ours(claims("*"), "hash", "finish, give back, reap"),
     _ours(delayed("*"), "zset", "claim, once it is due"),
     _ours(leader("*"), "string", "its time to live", expires=True),

@@ -10,17 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-
-@dataclass(frozen=True)
-class Put:
-    """A message on its way into a queue. `due_ms` is None unless it has to wait."""
-
-    queue: str
-    list_name: str
-    message: str
-    due_ms: int | None
+if TYPE_CHECKING:
+    from broker.producing import Put
 
 
 class _Kept(threading.local):

@@ -10,15 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import redis
 from redis.commands.core import Script
-from redis.exceptions import NoScriptError, OutOfMemoryError
+from redis.exceptions import NoScriptError
 
 from broker import keys
-from broker.retry import Put
-from errors import BrokerFull
+
+if TYPE_CHECKING:
+    from broker.producing import Put
 
 _LUA = Path(__file__).parent / "lua"
 _A_SCRIPT = 200
@@ -170,25 +171,14 @@ class Scripts:
             reply = self.client.execute_command(*command)  # type: ignore[no-untyped-call]
         return self.claim_reply(asking, reply)
 
-    @cached_property
-    def _put(self) -> Script:
-        return self._script("put")
-
     def put(
         self, list_name: str, queue: str, payload: str, due_ms: int | None
     ) -> Literal["queued", "delayed"]:
         """Put a message into a queue's list, or aside until it is due. Raises `BrokerFull`."""
-        try:
-            word = self._put(
-                keys=[list_name, keys.delayed(queue), keys.BELL],
-                args=[payload, "" if due_ms is None else due_ms],
-            )
-        except OutOfMemoryError:
-            raise BrokerFull(
-                f"queue {queue}: Redis is at its memory limit and takes no new jobs; those "
-                "accepted go on. Try again when some have ended, or raise maxmemory"
-            ) from None
-        return "delayed" if word == b"delayed" else "queued"
+        from broker.producing import Put, Putter
+
+        (word,) = Putter(self.client).put([Put(list_name, queue, payload, "", due_ms)])
+        return "delayed" if word == "delayed" else "queued"
 
     @cached_property
     def _requalify(self) -> Script:
@@ -254,8 +244,8 @@ class Scripts:
     def requeue(self, member: str, claim_id: str, put: Put) -> Literal["finished", "superseded"]:
         """Acknowledge a claim and put its task's next try, in one step."""
         word: bytes = self._requeue(
-            keys=[*_end_keys(member), put.list_name, keys.delayed(put.queue)],
-            args=[claim_id, put.message, "" if put.due_ms is None else put.due_ms],
+            keys=[*_end_keys(member), put.list, keys.delayed(put.queue)],
+            args=[claim_id, put.payload, "" if put.due_ms is None else put.due_ms],
         )
         return word.decode()  # type: ignore[return-value]
 

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from queue import Empty
 from typing import Any
@@ -20,13 +19,14 @@ import redis
 from kombu.log import get_logger
 from kombu.transport import redis as stock
 from kombu.transport import virtual
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import loads
 from redis.exceptions import NoScriptError
 
-from broker import journal, keys, retry
+from broker import journal, keys
 from broker.claimant import CLAIM_PREFIX, MOST_AT_ONCE, Claimant
 from broker.journal import Note
 from broker.needs import Needs
+from broker.producing import ProducingChannel, due_ms
 from broker.scripts import Asking, Claimed, Claims, Scripts
 from errors import Refused
 
@@ -76,19 +76,6 @@ def note_with(write_down: Callable[[Note], float]) -> None:
     """How a producer makes a note of a durable job; it returns for how long, in seconds."""
     global _write_down
     _write_down = write_down
-
-
-def _due_ms(headers: Mapping[str, Any]) -> int | None:
-    eta = headers.get("eta")
-    if not isinstance(eta, str):
-        return None
-    try:
-        due = datetime.fromisoformat(eta)
-    except ValueError:
-        return None  # Celery's worker says what is wrong with it.
-    if due.tzinfo is None:
-        due = due.replace(tzinfo=UTC)
-    return int(due.timestamp() * 1000)
 
 
 class ClaimQoS(stock.QoS):  # type: ignore[misc]
@@ -143,7 +130,7 @@ class ClaimQoS(stock.QoS):  # type: ignore[misc]
         return _claimant is not None and tag.startswith(CLAIM_PREFIX)
 
 
-class Channel(stock.Channel):  # type: ignore[misc]
+class Channel(ProducingChannel):
     """A channel that claims when its process is a worker."""
 
     QoS = ClaimQoS
@@ -160,23 +147,9 @@ class Channel(stock.Channel):  # type: ignore[misc]
         self._refused = False
         self._scripts = Scripts(self._create_client())
 
-    # The producer's half.
-
-    def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
-        headers = message.get("headers") or {}
-        if "cohort" not in headers or "_publish_batch" in kwargs:
-            super()._put(queue, message, **kwargs)
-            return
-        priority = self._get_message_priority(message, reverse=False)
-        list_name, text, due = self._q_for_pri(queue, priority), dumps(message), _due_ms(headers)
-        if retry.keep(str(headers.get("id")), retry.Put(queue, list_name, text, due)):
-            return
-        if isinstance(headers["cohort"], dict) and headers["cohort"].get("durable") is True:
-            note = journal.note_of(queue, list_name, text, due)
-            # On disk before it is in Redis. Put again after a lost reply, it is there but once.
-            journal.put_once(self._scripts, note, _write_down(note))
-            return
-        self._scripts.put(list_name, queue, text, due)
+    def keep_note(self, queue: str, list_name: str, text: str, due: int | None) -> float:
+        """Before a durable job is put: make a note of it. For how long it is kept, in seconds."""
+        return _write_down(journal.note_of(queue, list_name, text, due))
 
     # The worker's half: ask, then read, on the event loop's own connection.
 
@@ -310,7 +283,7 @@ class Channel(stock.Channel):  # type: ignore[misc]
         if not isinstance(about, dict):
             about = {"key": claimed.key}
         _claimant.named(claimed.claim_id, headers.get("task") or "")
-        due = _due_ms(headers)
+        due = due_ms(headers)
         late = due is not None and due > time.time() * 1000
         if not settled and (late or not claimed.qualified):
             qualities = (

@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from celery import Celery
 from celery.schedules import crontab
 from kombu.transport import TRANSPORT_ALIASES
 
+from broker.producing import remember_for
 from broker.transport import Qualities, note_with, qualify_with
 from errors import SettingsError
 from tasks.journal import write_down
 from tasks.settings import Settings, current
+from tasks.submitting import App
 
 
 def _settings_or_exit() -> Settings:
@@ -61,13 +62,14 @@ def configuration(settings: Settings) -> dict[str, Any]:
 # Under the scheme that Flower and every tool know. For messages of other apps it is the stock one.
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "broker.transport:Transport"))
 
-app = Celery(
+app = App(
     "cohort",
     task_cls="tasks.job:JobTask",
     control="tasks.control:FleetControl",
     set_as_current=True,
 )
 app.conf.update(configuration(_settings_or_exit()))
+remember_for(current().ids_remembered)
 
 # By name, and so only in a worker: these floors lie above this one.
 app.steps["worker"].update({"workers.steps:NodeStep", "scheduler.duties:DutiesStep"})

@@ -133,6 +133,10 @@ class JobTask(Task):  # type: ignore[misc]
                 raise TypeError(f"{self.name}: {error}") from None
             if key is not None:
                 about["key"] = key
+        if not positional and "durable" not in about:
+            submitted = self._get_app().submitter.submit(self, args, kwargs, about, options)
+            if submitted is not None:
+                return submitted
         options["headers"] = {**(options.get("headers") or {}), "cohort": about}
         return super().apply_async(args, kwargs, *positional, **options)
 

@@ -19,7 +19,8 @@ from celery.utils.log import get_logger
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from broker.retry import Put, kept_retry
+from broker.producing import Put
+from broker.retry import kept_retry
 from broker.transport import current_claimant
 from errors import DeadLettered
 from storage.log import State

@@ -79,6 +79,9 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
 
     ResultConsumer = OutcomeConsumer
 
+    subscribes_on_call = False
+    """Nothing has to be done here before a task is sent."""
+
     @cached_property
     def index(self) -> Index:
         """Where outcomes lie."""

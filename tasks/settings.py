@@ -179,6 +179,8 @@ class Settings:
     """How long an outcome stays in Redis; later it is read from the shared folder."""
     journal_keep: float = _setting(parse_span, 7 * 86400.0)
     """How long a job can be found again that Redis has lost, from when it was noted."""
+    ids_remembered: float = _setting(parse_span, 600.0)
+    """How long the same task id, submitted again, is the same job."""
     jobs: tuple[str, ...] = _setting(_modules, ())
     """Modules with jobs, beside those in `tasks/`."""
     sources: Mapping[str, str] = field(

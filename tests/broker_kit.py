@@ -289,7 +289,7 @@ def look(client: Any, queues: Sequence[str]) -> Picture:
     others |= {keys.SPARE, keys.RESERVED, keys.SETTLED}
     # Kombu's own: bindings of exchanges, and what a stock consumer holds.
     # The index of outcomes, and marks of what was put once, have tests of their own.
-    elsewhere = (keys.outcomes(0)[:-4], keys.put_once("", 0)[:-2])
+    elsewhere = (keys.outcomes(0)[:-4], keys.submitted(0)[:-4])
     stock = ("_kombu.", "unacked", "celery-task-meta-")
     foreign = (*stock, keys.leader(""), keys.own_bell(""), *elsewhere)
     for raw in list(client.scan_iter(count=1000)):

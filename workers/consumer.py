@@ -17,7 +17,7 @@ from celery.utils.objects import Bunch
 from celery.worker.consumer import Consumer
 
 from broker.claimant import Claimant
-from broker.retry import Put
+from broker.producing import Put
 from broker.scripts import Claimed
 from broker.transport import current_claimant
 from tasks.settings import current
@@ -53,7 +53,7 @@ class FleetConsumer(Consumer):  # type: ignore[misc]
     def _offer_again(self, claimant: Claimant, claimed: Claimed, since: int, due_ms: int) -> None:
         message = json.loads(claimed.payload)
         message["headers"][SINCE] = since
-        put = Put(claimed.queue, claimed.list_name, json.dumps(message), due_ms)
+        put = Put(claimed.list_name, claimed.queue, json.dumps(message), "", due_ms)
         try:
             claimant.finish_now([claimed.claim_id], put)
         except (redis.RedisError, OSError) as error:

@@ -135,9 +135,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._settings.journal_keep,
         )
         self.limits = Limits(self._groups)
-        self.node = WorkerNode(
-            self._settings, self._root, self.writer, self.claimant, self.limits
-        )
+        self.node = WorkerNode(self._settings, self._root, self.writer, self.claimant, self.limits)
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish
         self.claimant.on_claim = self._note

@@ -17,7 +17,7 @@ MAKERS: tuple[Callable[[Any], object], ...] = (
     lambda client: client.lpush("stranger", 1),
     lambda client: client.set(keys.leader("reaper"), 1),
     lambda client: client.set("celery-task-meta-1", 1),
-    lambda client: client.set(keys.put_once("t", 0), 1),
+    lambda client: client.hset(keys.submitted(7), "m", 1),
     lambda client: client.set(keys.LOCKS, 1),
     lambda client: client.hset("celery", "a", 1),
     lambda client: client.set(keys.SEQUENCE, 1, ex=60),
@@ -42,7 +42,8 @@ def test_what_is_known_passes(redis_server: RedisServer) -> None:
         untyped: Any = client
         untyped.hset(keys.LOCKS, "k", "claim-1")
         untyped.set(keys.leader("reaper"), 1, ex=60)
-        untyped.set(keys.put_once("t", 0), 1, ex=60)
+        untyped.hset(keys.submitted(7), "m", 1)
+        untyped.expire(keys.submitted(7), 60)
         untyped.hset(keys.outcomes(7), "f", "e")
         untyped.set("celery-task-meta-1", 1, ex=60)
         untyped.sadd("_kombu.binding.others", "others\x06\x16\x06\x16others")
@@ -56,7 +57,8 @@ def test_every_name_in_keys_is_in_the_table() -> None:
     """Who adds a key adds its line: said here, not by whichever test happens to leave one."""
     made: dict[str, str] = {
         "outcomes": keys.outcomes(1),
-        "put_once": keys.put_once("t", 1),
+        "submitted": keys.submitted(1),
+        "own_bell": keys.own_bell("n:1"),
         "claims": keys.claims("n:1"),
         "delayed": keys.delayed("q"),
         "leader": keys.leader("duty"),

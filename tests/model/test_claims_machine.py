@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from broker import keys
 from broker.claimant import Claimant, NodeDescription
 from broker.needs import Needs
-from broker.retry import Put
+from broker.producing import Put
 from broker.scripts import Asking, Claimed, Claims
 from tests.broker_kit import Broker, list_of, lists_of, look, message, tops_of
 from tests.redis_server import RedisServer, running_redis
@@ -246,7 +246,7 @@ class Machine(RuleBasedStateMachine):
         task = tag.removeprefix("tag-of-")
         new = f"{tag}+"
         due = self.broker.now_ms() + 3_600_000 if later else None
-        put = Put("a", list_of("a"), message(task, self.key_of.get(tag), tag=new), due)
+        put = Put(list_of("a"), "a", message(task, self.key_of.get(tag), tag=new), "", due)
         (word,) = worker.claimant.finish_now([claim_id], put)
         assert word == ("superseded" if claim_id in self.superseded else "finished")
         if word == "finished":

@@ -13,6 +13,7 @@ from celery import Task
 from errors import CohortError, InvalidKey, Refused
 from tasks import Run, app, job
 from tasks.job import JobTask, qualities_of_message
+from tasks.submitting import Submitter
 
 USUAL = f"1 {512 << 20} 0"
 
@@ -55,6 +56,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"args": args, "kwargs": kwargs, **options})
 
     monkeypatch.setattr(Task, "apply_async", send)
+    monkeypatch.setattr(Submitter, "submit", lambda *arguments: None)
     return calls
 
 
