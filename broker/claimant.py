@@ -110,6 +110,8 @@ class Claimant:
         self._held: dict[str, _Held] = {}
         self._waiting: deque[_Waiting] = deque()
         self._starting = False
+        self.turns = 0
+        """Counts what has begun or ended: there may be room again."""
         self._takes: dict[str, float] = {}
         self._ends: dict[str, End] = {}
         self._sequence = 0
@@ -275,6 +277,7 @@ class Claimant:
             held = self._held.get(claim_id)
             if held is not None:
                 held.begun = time.monotonic()
+                self.turns += 1
 
     def end(self, claim_id: str) -> None:
         """The pool is done with it: its room is another's, though it isn't acknowledged yet."""
@@ -324,6 +327,7 @@ class Claimant:
     def _let_go(self, claim_id: str) -> None:
         held = self._held.pop(claim_id, None)
         if held is not None:
+            self.turns += 1
             self._room.hold(held.needs, -1)
             if held.runs:
                 self._room.run(held.needs, -1)

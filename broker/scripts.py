@@ -93,9 +93,9 @@ class Asking:
 
 
 class Claims(NamedTuple):
-    """The answer: "again" if there may be more, "all", or "expelled"."""
+    """The answer: "again" if there may be more, "busy" if no process is idle, "all", "expelled"."""
 
-    word: Literal["all", "again", "expelled"]
+    word: Literal["all", "again", "busy", "expelled"]
     claimed: list[Claimed]
 
 

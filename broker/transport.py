@@ -144,6 +144,7 @@ class Channel(ProducingChannel):
             )
         self._asked: Asking | None = None
         self._idle = False
+        self._busy = (-1, 0.0)
         self._refused = False
         self._scripts = Scripts(self._create_client())
 
@@ -167,8 +168,8 @@ class Channel(ProducingChannel):
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        if not self._idle and _claimant.has_enough():
-            return  # Asked again at the next turn of the loop: few looks that bring many.
+        if not self._idle and (_claimant.has_enough() or self._is_busy(_claimant)):
+            return  # Asked again at a later turn of the loop: few looks that bring many.
         self._drop_unanswered()
         self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
@@ -186,6 +187,11 @@ class Channel(ProducingChannel):
             self._asked = _claimant.ask(MOST_AT_ONCE if most is None else most, queues, lists, tops)
             command = self._scripts.claim_command(self._asked)
         self.client.connection.send_command(*command)
+
+    def _is_busy(self, claimant: Claimant) -> bool:
+        """Whether no process was idle at the last look, and nothing has begun or ended since."""
+        turns, until = self._busy
+        return turns == claimant.turns and time.monotonic() < until
 
     @cached_property
     def _tops(self) -> list[str]:
@@ -205,7 +211,9 @@ class Channel(ProducingChannel):
             else:
                 claims = Scripts.claim_reply(asked, reply)
                 # Whatever is put after that look has rung the bell.
-                self._idle = claims.word != "again"
+                self._idle = claims.word in ("all", "expelled")
+                if claims.word == "busy" and _claimant is not None:
+                    self._busy = (_claimant.turns, time.monotonic() + _SAFETY_POLL)
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()

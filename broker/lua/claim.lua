@@ -22,7 +22,8 @@
 --       ahead: how many us of work may be claimed ahead, takes: task name -> us, patience in ms);
 --       number of queues; the queues' names; then for each list the name of its queue and the last
 --       priority that it serves
--- Returns {word, claim, ...}: 'expelled'; 'again' (a limit was reached, there may be more) or 'all';
+-- Returns {word, claim, ...}: 'expelled'; 'again' (a limit was reached, there may be more), 'busy' (no
+--       process is idle) or 'all';
 --       each claim is {number, queue, payload, lost deliveries, key, '0' if its worker must find out
 --       what it needs, needs, settled, list}.
 
@@ -186,8 +187,15 @@ local function admit_first(claim)
     admit(claim, '0')
 end
 
+local shortest
+for _, takes in pairs(node.takes) do
+    shortest = math.min(shortest or takes, takes)
+end
+local function is_busy()
+    return node.slots <= 0 and not (shortest and shortest <= node.ahead)
+end
 local function is_full()
-    return #reply > most
+    return #reply > most or is_busy()
 end
 
 -- The job that this node keeps room for, if there is one still. --
@@ -388,7 +396,9 @@ if #found > 0 then
     redis.call('HSET', K.claimed, unpack(index))
 end
 redis.call('HSET', K.spare, member, string.format('%d %d %d', node.spare[1], node.spare[2], node.spare[3]))
-if is_full() or looked >= 200 then
+if #reply > most or looked >= 200 then
     reply[1] = 'again'
+elseif is_busy() then
+    reply[1] = 'busy'
 end
 return reply
