@@ -177,6 +177,10 @@ class JobRequest(Request):  # type: ignore[misc]
             if not outcomes and _ends(failed, value):
                 _node.end(self)
         super().on_success((failed, value, runtime), **kwargs)
+        claimant = current_claimant()
+        if claimant is not None:
+            # Celery acknowledges at the loop's next turn; the next job needn't wait for that.
+            claimant.end(self.claim_id)
 
     def _end_with(self, failed: int, value: Any, retry: Put | None) -> None:
         claimant = current_claimant()
