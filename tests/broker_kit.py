@@ -42,6 +42,7 @@ def message(
     priority: int = 0,
     stock: bool = False,
     tag: str | None = None,
+    name: str = "tests.job",
     **headers: Any,
 ) -> str:
     """A message as a producer puts it into a list."""
@@ -51,7 +52,7 @@ def message(
             "body": json.dumps([[], {}, {}]),
             "content-encoding": "utf-8",
             "content-type": "application/json",
-            "headers": {"id": task, "task": "tests.job", **about, **headers},
+            "headers": {"id": task, "task": name, **about, **headers},
             "properties": {
                 "delivery_tag": tag or f"tag-of-{task}",
                 "delivery_info": {"exchange": "", "routing_key": QUEUE},
