@@ -112,14 +112,13 @@ def leave_a_family(run: Run, name: str, mark: str, how: str = "return") -> int:
 
 @job(key="hold-{name}")
 def hold_a_family(run: Run, name: str, mark: str, started: str, go: str) -> str:
-    """Starts a family in its first attempt, one of it without its own program, and waits."""
-    if run.attempt == 1:
-        start_family(mark)
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            time.sleep(600)
-        Path(started).write_text(str(pid))
+    """Starts a family and one process more, which runs no program of its own, and waits."""
+    start_family(mark)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        time.sleep(600)
+    Path(started).write_text(str(pid))
     wait_for_file(go)
     return run.node
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from storage import mount, mount_options
 from storage.segments import Entry, SegmentWriter
 from tasks.enclosure import enclose_in
 from tasks.journal import entry_of
-from tasks.request import run_on
+from tasks.request import has_processes, run_on
 from tasks.results import record_with
 from tasks.settings import Settings, current
 from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
@@ -74,6 +75,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         left = end_those_of_dead_lives(settings.scratch, settings.node)
         if left:
             logger.warning("ended %d processes of this node's earlier life: %s", len(left), left)
+        self._leaving = threading.Lock()
         self._mark = leave_mark(settings.scratch, settings.node)
         self._groups = delegated_group()
         enclose_in(self._groups)
@@ -113,7 +115,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._settings.journal_keep,
         )
         self.limits = Limits(self._groups)
-        self.node = WorkerNode(self._settings, self._root, self.writer, self.limits)
+        self.node = WorkerNode(self._settings, self._root, self.writer, self.limits, self._leave)
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish
         self.claimant.on_claim = self._note
@@ -126,6 +128,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         record_with(self.writer.record)
         run_on(self.node)
         consume_as(self.claimant)
+        if not has_processes(worker.pool):
+            logger.warning(
+                "pool without processes: jobs with a key, a time or a memory limit are given back; "
+                "they need a node with --pool prefork"
+            )
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
 
     def _note(
@@ -148,6 +155,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._leave()
 
     def _leave(self, **kwargs: Any) -> None:
+        if not self._leaving.acquire(blocking=False):
+            return  # A cold shutdown may be asked for while a warm one is at it.
         self.node.stop()
         self.limits.stop()
         self.housekeeping.stop()
