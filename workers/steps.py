@@ -22,6 +22,7 @@ from broker.transport import consume_as
 from errors import CohortError, SettingsError, WrongMount
 from storage import mount, mount_options
 from storage.segments import Entry, SegmentWriter
+from tasks import groups
 from tasks.enclosure import enclose_in
 from tasks.journal import entry_of
 from tasks.request import has_processes, run_on
@@ -30,7 +31,7 @@ from tasks.settings import Settings, current
 from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
 from workers.heartbeat import Heartbeat
 from workers.housekeeping import Housekeeping
-from workers.limits import Limits, delegated_group
+from workers.limits import Limits
 from workers.node import WorkerNode
 from workers.orphans import end_those_of_dead_lives, leave_mark
 from workers.writer import Writer
@@ -77,7 +78,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             logger.warning("ended %d processes of this node's earlier life: %s", len(left), left)
         self._leaving = threading.Lock()
         self._mark = leave_mark(settings.scratch, settings.node)
-        self._groups = delegated_group()
+        self._groups = groups.delegated()
         enclose_in(self._groups)
 
     def _see_the_others(self) -> None:
