@@ -23,6 +23,7 @@ if not (top / "cgroup.procs").exists():
 (top / "cgroup.subtree_control").write_text("+memory")
 service = top / "worker"
 service.mkdir(exist_ok=True)
+(service / "cgroup.subtree_control").write_text("-memory")  # A group with members has none.
 (service / "cgroup.procs").write_text(str(os.getpid()))
 own = delegated()
 said = {"own": str(own)}
