@@ -1,10 +1,10 @@
 """Jobs that take more memory than they may are ended, and their outcomes say so.
 
 Where this node may make control groups, the kernel holds the limit (tasks/groups.py); here is read
-what it did. Elsewhere a thread looks at the running jobs that
-have a limit, four times a second: what their processes hold, each page shared by several counted
-in parts, as the kernel tells it (PSS). That is late by a quarter of a second; what a job can
-take in that time, a node needs to spare.
+what it did. Elsewhere a thread looks at the running jobs that have a limit, four times a second:
+what their processes hold, each page shared by several counted in parts, as the kernel tells it
+(PSS). That is late by a quarter of a second; what a job can take in that time, a node needs to
+spare.
 """
 
 from __future__ import annotations
@@ -33,6 +33,16 @@ def limit_of(request: JobRequest) -> int | None:
     """The bytes that a request may take; None if nobody limited it."""
     definition = getattr(request.task, "definition", None)
     return None if definition is None else definition.memory_limit
+
+
+def running_requests() -> list[JobRequest]:
+    """What the pool runs, from any thread."""
+    while True:
+        try:
+            requests = list(worker_state.active_requests)
+        except RuntimeError:  # The event loop has just added one.
+            continue
+        return [request for request in requests if isinstance(request, JobRequest)]
 
 
 class Limits:
@@ -79,10 +89,8 @@ class Limits:
             return
         limited = [
             (request, limit)
-            for request in list(worker_state.active_requests)
-            if isinstance(request, JobRequest)
-            and request.child is not None
-            and (limit := limit_of(request)) is not None
+            for request in running_requests()
+            if request.child is not None and (limit := limit_of(request)) is not None
         ]
         if not limited:
             return

@@ -16,7 +16,6 @@ from celery import states
 from celery.concurrency.prefork import _run_ready_callbacks
 from celery.platforms import EX_FAILURE
 from celery.utils.log import get_logger
-from celery.worker import state as worker_state
 from kombu.asynchronous import get_event_loop
 
 from broker.transport import current_claimant
@@ -28,7 +27,7 @@ from tasks.request import JobRequest, has_processes
 from tasks.results import Outcome, committed_as
 from tasks.settings import Settings
 from workers.essential import essential_thread
-from workers.limits import Limits
+from workers.limits import Limits, running_requests
 from workers.writer import Writer
 
 logger = get_logger(__name__)
@@ -104,8 +103,8 @@ class WorkerNode:
         if not has_processes(pool):
             # A thread can't be ended. It runs on, and who else runs it may be first.
             return
-        for request in list(worker_state.active_requests):
-            if isinstance(request, JobRequest) and request.key is None:
+        for request in running_requests():
+            if request.key is None:
                 logger.error("%s[%s]: stopped, the lease is lost", request.name, request.id)
                 request.cancel(pool, signal="KILL", emit_retry=False)
 
