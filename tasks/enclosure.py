@@ -5,8 +5,8 @@ function started is alive: no straggler writes into a directory that is being co
 the next run's, and none takes memory that the node has promised to another. Plain Celery tasks
 are left alone, and so is what they leave running.
 
-Where the node has a control group to itself (workers/limits.py), a run with a limit of memory
-gets one of its own, and the kernel holds the limit.
+Where the node has a control group to itself (tasks/groups.py), a run with a limit of memory gets
+one of its own, and the kernel holds the limit.
 """
 
 from __future__ import annotations
@@ -16,18 +16,14 @@ import select
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from billiard.process import current_process
 from celery.signals import worker_process_init
 
-from tasks.family import (
-    Relative,
-    adopt_orphans,
-    descendants,
-    has_children,
-)
+from tasks.family import Relative, adopt_orphans, descendants, has_children
+from tasks.groups import limited
 
 RUN = "CHILD_OF_COHORT_RUN"
 """Holds the run's claim id, in what it starts: who finds it knows whose it is."""
@@ -42,11 +38,6 @@ def enclose_in(folder: Path | None) -> None:
     """Where this node's control groups are made; called before the pool is forked."""
     global _groups
     _groups = folder
-
-
-def group_of(folder: Path, claim_id: str) -> Path:
-    """The control group of one run."""
-    return folder / f"run-{claim_id}"
 
 
 @worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
@@ -73,7 +64,10 @@ def enclosed(claim_id: str, memory: int | None) -> Iterator[None]:
     adopt_orphans(True)
     os.environ[RUN] = claim_id
     try:
-        with _group(claim_id, memory):
+        group: AbstractContextManager[None] = nullcontext()
+        if memory is not None and _groups is not None:
+            group = limited(_groups, claim_id, memory)
+        with group:
             try:
                 yield
             finally:
@@ -82,27 +76,6 @@ def enclosed(claim_id: str, memory: int | None) -> Iterator[None]:
     finally:
         del os.environ[RUN]
         adopt_orphans(False)
-
-
-@contextmanager
-def _group(claim_id: str, memory: int | None) -> Iterator[None]:
-    if memory is None or _groups is None:
-        yield
-        return
-    group = group_of(_groups, claim_id)
-    group.mkdir()
-    (group / "memory.max").write_text(str(memory))
-    # The whole run goes, not the one process that happened to ask for the last page.
-    (group / "memory.oom.group").write_text("1")
-    with suppress(FileNotFoundError):  # A kernel without swap.
-        (group / "memory.swap.max").write_text("0")
-    (group / "cgroup.procs").write_text("0")
-    try:
-        yield
-    finally:
-        (_groups / "node" / "cgroup.procs").write_text("0")
-        with suppress(OSError):
-            group.rmdir()
 
 
 def _below() -> set[tuple[int, int]]:

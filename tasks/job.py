@@ -30,6 +30,9 @@ from tasks.settings import current, parse_size, parse_span
 _HARD_LIMIT_GRACE = 30.0
 """Seconds that a job has to clean up after its timeout, before its process is killed."""
 
+PREFORK = "prefork"
+"""The label of a node whose pool has processes."""
+
 Conflict = Literal["wait", "skip", "replace"]
 """What a submission does whose key is taken: it waits its turn; it is dropped; or it takes the
 place of the one that waits.
@@ -68,8 +71,15 @@ class JobDefinition:
 
     @cached_property
     def needs(self) -> Needs:
-        """What a node must have to spare."""
-        return Needs(self.cpus, self.memory, self.gpus, frozenset(self.labels))
+        """What a node must have to spare, and the label `prefork` if only a process will do."""
+        labels = {*self.labels, PREFORK} if self.needs_a_process else self.labels
+        return Needs(self.cpus, self.memory, self.gpus, frozenset(labels))
+
+    @property
+    def needs_a_process(self) -> bool:
+        """Whether a thread of a worker won't do: it has a directory, or is to be ended in time."""
+        has_files = self.key is not None and self.directory
+        return has_files or self.timeout is not None or self.memory_limit is not None
 
     @cached_property
     def about(self) -> dict[str, Any]:

@@ -49,6 +49,12 @@ class Node(Protocol):
     def end_child(self, request: JobRequest) -> None:
         """Make sure that a child ends, in the background."""
 
+    def give_back_later(self, request: JobRequest) -> None:
+        """It needs another pool than this node's: return its claim, and not in a tight loop."""
+
+    def leave_at_once(self) -> None:
+        """End this process without waiting for what runs; all of its claims go back."""
+
 
 _node: Node | None = None
 
@@ -57,6 +63,11 @@ def run_on(node: Node | None) -> None:
     """From now on this process's requests belong to that node."""
     global _node
     _node = node
+
+
+def has_processes(pool: Any) -> bool:
+    """Whether a pool runs its jobs in processes that can be ended."""
+    return hasattr(pool, "num_processes") and "prefork" in type(pool).__module__
 
 
 Traced = tuple[int, Any, Any, list[Outcome], Put | None]
@@ -125,6 +136,18 @@ class JobRequest(Request):  # type: ignore[misc]
         return 1 + retries + (self.request_dict.get("cohort_lost") or 0)
 
     @property
+    def needs_a_process(self) -> bool:
+        """Whether it may have to be ended: only the prefork pool can do that."""
+        definition = getattr(self.task, "definition", None)
+        return definition is not None and bool(
+            self.key
+            or definition.memory_limit
+            or any(self.time_limits)
+            or self.task.soft_time_limit
+            or self.task.time_limit
+        )
+
+    @property
     def context(self) -> Any:
         """The task's context, as the result backend wants it."""
         return self._context
@@ -136,6 +159,10 @@ class JobRequest(Request):  # type: ignore[misc]
             raise TaskRevokedError(self.id)  # It was given back before its turn came.
         if self.revoked():
             raise TaskRevokedError(self.id)
+        if _node is not None and self.needs_a_process and not has_processes(pool):
+            self.settle()
+            _node.give_back_later(self)
+            return None
         hard, soft = self.time_limits
         result = pool.apply_async(
             trace_job,
@@ -224,6 +251,20 @@ class JobRequest(Request):  # type: ignore[misc]
         if self.key is not None and (self.acknowledged or isinstance(error, TimeLimitExceeded)):
             return  # Its conclusion is on its way already, or `on_timeout` is called next.
         super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A cold shutdown, or a lost lease: it runs again elsewhere, unless it ends in its grace.
+
+        Its claim goes back when this node leaves, or has gone already.
+        """
+        if _node is None:
+            super().cancel(pool, signal, emit_retry)
+        elif has_processes(pool):
+            super().cancel(pool, signal, emit_retry)
+            # A run makes of SIGTERM a request to end, and may not listen.
+            _node.end_child(self)
+        else:
+            _node.leave_at_once()
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         # One that never had its lock has no place in the log: its record would fence who has it.

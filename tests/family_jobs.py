@@ -51,6 +51,15 @@ def start_family(mark: str) -> None:
         assert program.stdout.readline() == "started\n"
 
 
+def _start_stray() -> int:
+    """One process more: it runs no program of its own, and leaves its session."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        time.sleep(600)
+    return pid
+
+
 def _stubborn(seconds: float = 60) -> None:
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
@@ -78,6 +87,17 @@ def eat_in_a_program(run: Run, mark: str) -> None:
     subprocess.run([sys.executable, "-c", _HUNGRY], env={**os.environ, "TEST_MARK": mark})
 
 
+@job(memory="300 MiB")
+def share(run: Run, mib: int) -> int:
+    """Five processes that hold the same memory: it is there but once."""
+    shared = b"x" * (mib << 20)
+    for _ in range(4):
+        if os.fork() == 0:
+            time.sleep(600)
+    time.sleep(1)
+    return len(shared) >> 20
+
+
 @job
 def eat_without_a_limit(run: Run) -> int:
     """More than the 512 MiB that a node keeps free for a job that says nothing."""
@@ -87,9 +107,11 @@ def eat_without_a_limit(run: Run) -> int:
 
 
 @job(key="family-{name}", timeout="1s")
-def outlive(run: Run, name: str, mark: str) -> None:
+def outlive(run: Run, name: str, mark: str, stray: str = "") -> None:
     """Outlives its timeout, with a family, and doesn't listen."""
     start_family(mark)
+    if stray:
+        Path(stray).write_text(str(_start_stray()))
     _stubborn()
 
 
@@ -112,14 +134,9 @@ def leave_a_family(run: Run, name: str, mark: str, how: str = "return") -> int:
 
 @job(key="hold-{name}")
 def hold_a_family(run: Run, name: str, mark: str, started: str, go: str) -> str:
-    """Starts a family in its first attempt, one of it without its own program, and waits."""
-    if run.attempt == 1:
-        start_family(mark)
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            time.sleep(600)
-        Path(started).write_text(str(pid))
+    """Starts a family and one process more, which runs no program of its own, and waits."""
+    start_family(mark)
+    Path(started).write_text(str(_start_stray()))
     wait_for_file(go)
     return run.node
 

@@ -77,6 +77,13 @@ def fail(run: Run, name: str, times: int) -> int:
     return run.attempt
 
 
+@job(retries=1)
+def fail_keyless(run: Run, times: int) -> int:
+    if run.attempt <= times:
+        raise ValueError(f"attempt {run.attempt} fails")
+    return run.attempt
+
+
 @job(key="refuse-{name}", retries=5)
 def refuse(run: Run, name: str) -> None:
     raise Refused("no such thing")

@@ -1,24 +1,23 @@
 """Jobs that take more memory than they may are ended, and their outcomes say so.
 
-Where this node may make control groups, the kernel holds the limit (tasks/enclosure.py puts the
-run into its own); here is read what it did. Elsewhere a thread looks at the running jobs that
-have a limit, four times a second: what their processes hold, each page shared by several counted
-in parts, as the kernel tells it (PSS). That is late by a quarter of a second; what a job can
-take in that time, a node needs to spare.
+Where this node may make control groups, the kernel holds the limit (tasks/groups.py); here is read
+what it did. Elsewhere a thread looks at the running jobs that have a limit, four times a second:
+what their processes hold, each page shared by several counted in parts, as the kernel tells it
+(PSS). That is late by a quarter of a second; what a job can take in that time, a node needs to
+spare.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 
 from errors import MemoryExceeded
-from tasks.enclosure import group_of
+from tasks import groups
 from tasks.family import descendants, everybody
 from tasks.request import JobRequest
 from workers.essential import essential_thread
@@ -36,11 +35,21 @@ def limit_of(request: JobRequest) -> int | None:
     return None if definition is None else definition.memory_limit
 
 
+def running_requests() -> list[JobRequest]:
+    """What the pool runs, from any thread."""
+    while True:
+        try:
+            requests = list(worker_state.active_requests)
+        except RuntimeError:  # The event loop has just added one.
+            continue
+        return [request for request in requests if isinstance(request, JobRequest)]
+
+
 class Limits:
     """What the running jobs of this node may take, and who has taken more."""
 
-    def __init__(self, groups: Path | None) -> None:
-        self._groups = groups
+    def __init__(self, own_group: Path | None) -> None:
+        self._groups = own_group
         self._reasons: dict[str, MemoryExceeded] = {}
         self._stopped = threading.Event()
         self._thread = essential_thread("cohort-limits", self._run)
@@ -59,16 +68,16 @@ class Limits:
         reason = self._reasons.get(request.claim_id)
         limit = limit_of(request)
         if reason is None and limit is not None and self._groups is not None:
-            group = group_of(self._groups, request.claim_id)
-            return _ended_by_the_kernel(group, request.name, limit)
+            used = groups.exceeded(self._groups, request.claim_id)
+            if used is not None:
+                return _exceeded(request.name, used, limit, "ended by its control group")
         return reason
 
     def forget(self, request: JobRequest) -> None:
         """Its end has been told, and its processes are dead."""
         self._reasons.pop(request.claim_id, None)
         if self._groups is not None:
-            with suppress(OSError):
-                group_of(self._groups, request.claim_id).rmdir()
+            groups.remove(self._groups, request.claim_id)
 
     def _run(self) -> None:
         while not self._stopped.wait(PAUSE):
@@ -80,10 +89,8 @@ class Limits:
             return
         limited = [
             (request, limit)
-            for request in list(worker_state.active_requests)
-            if isinstance(request, JobRequest)
-            and request.child is not None
-            and (limit := limit_of(request)) is not None
+            for request in running_requests()
+            if request.child is not None and (limit := limit_of(request)) is not None
         ]
         if not limited:
             return
@@ -133,66 +140,3 @@ def _exceeded(name: str, used: int, limit: int, how: str) -> MemoryExceeded:
         f"{name}: it took {used / _MIB:.0f} MiB of memory, {how}; its limit is "
         f"{limit / _MIB:.0f} MiB. Give it more: @job(memory=...)"
     )
-
-
-def _ended_by_the_kernel(group: Path, name: str, limit: int) -> MemoryExceeded | None:
-    try:
-        events = dict(line.split() for line in (group / "memory.events").read_text().splitlines())
-    except OSError:
-        return None
-    if int(events.get("oom_kill", 0)) == 0:
-        return None
-    used = limit
-    with suppress(OSError, ValueError):  # Kernels before 5.19 keep no peak.
-        used = int((group / "memory.peak").read_text())
-    return _exceeded(name, used, limit, "ended by its control group")
-
-
-def delegated_group() -> Path | None:
-    """The folder for control groups of runs, made ready; None where this process has no right to.
-
-    Wanted is version 2, a group that is this process's alone and that it may write in: with
-    systemd, `Delegate=memory` for the worker's service.
-    """
-    try:
-        own = _own_group()
-        if own is None or "memory" not in (own / "cgroup.controllers").read_text().split():
-            return None
-        if (own / "cgroup.procs").read_text().split() != [str(os.getpid())]:
-            return None  # Somebody else lives in it: a shell, a terminal's other programs.
-        node = own / "node"
-        node.mkdir(exist_ok=True)
-        if not (node / "cgroup.procs").read_text():
-            _end_what_is_left(own)
-        # A group with members can't hand a controller on: they move into a group below it.
-        (node / "cgroup.procs").write_text(str(os.getpid()))
-        try:
-            (own / "cgroup.subtree_control").write_text("+memory")
-        except OSError:
-            (own / "cgroup.procs").write_text(str(os.getpid()))
-            raise
-    except OSError as error:
-        logger.debug("no control groups for jobs: %s", error)
-        return None
-    return own
-
-
-def _end_what_is_left(own: Path) -> None:
-    """The runs of a worker that was killed: nobody is in its group any more."""
-    for group in own.glob("run-*"):
-        with suppress(OSError):
-            (group / "cgroup.kill").write_text("1")
-            group.rmdir()
-
-
-def _own_group(proc: Path = Path("/proc/self")) -> Path | None:
-    """Where the version 2 group of this process lies."""
-    lines = (proc / "cgroup").read_text().splitlines()
-    name = next((line[3:] for line in lines if line.startswith("0::")), None)
-    for line in (proc / "mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if name is not None and after.split()[0] == "cgroup2":
-            root, mount = before.split()[3:5]
-            inside = os.path.relpath(name, root)
-            return None if inside.startswith("..") else Path(mount, inside)
-    return None

@@ -4,25 +4,32 @@ children that can't any more. Implements `tasks.request.Node`.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import redis
 from celery import states
+from celery.concurrency.prefork import _run_ready_callbacks
+from celery.platforms import EX_FAILURE
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
+from kombu.asynchronous import get_event_loop
 
 from broker.claimant import Claimant
+from broker.transport import current_claimant
 from errors import CohortError
 from storage.directory import conclude_for
 from storage.log import Record, State
 from storage.worktree import WorkTree
-from tasks.request import JobRequest
+from tasks.request import JobRequest, has_processes
 from tasks.results import Outcome, committed_as
 from tasks.settings import Settings
 from workers.essential import essential_thread
-from workers.limits import Limits
+from workers.limits import Limits, running_requests
 from workers.writer import Writer
 
 logger = get_logger(__name__)
@@ -30,6 +37,8 @@ logger = get_logger(__name__)
 _PAUSE = 1.0
 _A_MOMENT = 0.5
 """Seconds after which a claim that waits for its turn goes back."""
+_LATER = 2
+"""Seconds for which a job that this node can't run is out of its sight."""
 
 
 class WorkerNode:
@@ -42,12 +51,16 @@ class WorkerNode:
         writer: Writer,
         claimant: Claimant,
         limits: Limits,
+        leave: Callable[[], object],
     ) -> None:
+        """`leave` ends the lease and gives every claim back."""
         self._settings = settings
         self._root = root
         self._writer = writer
         self._claimant = claimant
         self._limits = limits
+        self._leave = leave
+        self._given_back: set[str] = set()
         self._stopped = threading.Event()
 
     def record(self, outcome: Outcome) -> None:
@@ -70,6 +83,23 @@ class WorkerNode:
         """Make sure that a child ends, in the background."""
         self._aside(self._end_child, request)
 
+    def give_back_later(self, request: JobRequest) -> None:
+        """It needs another pool than this node's: return its claim, and not in a tight loop."""
+        if request.name not in self._given_back:
+            self._given_back.add(request.name)
+            logger.warning(
+                "%s[%s] goes back, and so does every other of its kind: a job with a key, a time "
+                "limit or a memory limit needs a worker with --pool prefork",
+                request.name,
+                request.id,
+            )
+        self._aside(self._give_back_later, request)
+
+    def leave_at_once(self) -> None:
+        """End this process without waiting for what runs; all of its claims go back."""
+        # Not here: a signal's handler may have interrupted who holds the locks.
+        essential_thread("cohort-leave", self._leave_at_once).start()
+
     def stop(self) -> None:
         """Conclude nothing from now on; what is unsettled goes back with the lease."""
         self._stopped.set()
@@ -90,8 +120,11 @@ class WorkerNode:
 
     def stop_keyless(self, pool: Any) -> None:
         """The lease can't be trusted: end what has no log to fence it. It runs again elsewhere."""
-        for request in list(worker_state.active_requests):
-            if isinstance(request, JobRequest) and request.key is None:
+        if not has_processes(pool):
+            # A thread can't be ended. It runs on, and who else runs it may be first.
+            return
+        for request in running_requests():
+            if request.key is None:
                 logger.error("%s[%s]: stopped, the lease is lost", request.name, request.id)
                 request.cancel(pool, signal="KILL", emit_retry=False)
 
@@ -102,6 +135,35 @@ class WorkerNode:
 
         # Waiting for a death and reading the shared folder have no place in the event loop.
         essential_thread("cohort-conclude", run).start()
+
+    def _give_back_later(self, request: JobRequest) -> None:
+        claimant = current_claimant()
+        if claimant is None:
+            return
+        # Not to the front, where this node would take it again before it sees anything else.
+        # Any queue of this node will do: what waits there knows its own list.
+        queues = request.app.amqp.queues.consume_from
+        name = request.delivery_info.get("routing_key")
+        queue = name if name in queues else next(iter(queues))
+        try:
+            seconds, _ = claimant.scripts.client.time()
+            due = (seconds + _LATER) * 1000
+            word = claimant.scripts.requalify(
+                claimant.member, request.claim_id, queue, request.key or "", due
+            )
+        except (redis.RedisError, OSError) as error:
+            logger.warning("%s[%s] goes back with a renewal: %s", request.name, request.id, error)
+        else:
+            if word == "locked":
+                claimant.give_back(request.claim_id)
+        claimant.forget(request.claim_id)
+
+    def _leave_at_once(self) -> None:
+        # What has ended is acknowledged from the event loop, which a shutdown has stopped.
+        _run_ready_callbacks(get_event_loop())
+        self._leave()
+        logging.shutdown()
+        os._exit(EX_FAILURE)
 
     def _end_child(self, request: JobRequest) -> None:
         child = request.child

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,15 +22,17 @@ from broker.transport import consume_as
 from errors import CohortError, SettingsError, WrongMount
 from storage import mount, mount_options
 from storage.segments import Entry, SegmentWriter
+from tasks import groups
 from tasks.enclosure import enclose_in
+from tasks.job import PREFORK
 from tasks.journal import entry_of
-from tasks.request import JobRequest, run_on
+from tasks.request import JobRequest, has_processes, run_on
 from tasks.results import record_with
 from tasks.settings import Settings, current
 from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
 from workers.heartbeat import Heartbeat
 from workers.housekeeping import Housekeeping
-from workers.limits import Limits, delegated_group
+from workers.limits import Limits
 from workers.node import WorkerNode
 from workers.orphans import end_those_of_dead_lives, leave_mark
 from workers.writer import Writer
@@ -76,8 +79,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         left = end_those_of_dead_lives(settings.scratch, settings.node)
         if left:
             logger.warning("ended %d processes of this node's earlier life: %s", len(left), left)
+        self._leaving = threading.Lock()
         self._mark = leave_mark(settings.scratch, settings.node)
-        self._groups = delegated_group()
+        self._groups = groups.delegated()
         enclose_in(self._groups)
 
     def _see_the_others(self) -> None:
@@ -100,7 +104,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             nonce=mount.leave_nonce(self._root, self._settings.node, incarnation),
             life=self.life,
             gpus=self._settings.gpus,
-            labels=self._settings.labels,
+            labels=self._labels,
         )
 
     def create(self, worker: Any) -> None:
@@ -118,6 +122,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Join the fleet."""
+        self._labels = self._settings.labels
+        if has_processes(worker.pool):
+            self._labels += (PREFORK,)
         self.claimant = Claimant(
             Scripts(self._client),
             self._settings.node,
@@ -135,7 +142,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._settings.journal_keep,
         )
         self.limits = Limits(self._groups)
-        self.node = WorkerNode(self._settings, self._root, self.writer, self.claimant, self.limits)
+        self.node = WorkerNode(
+            self._settings, self._root, self.writer, self.claimant, self.limits, self._leave
+        )
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish
         self.claimant.on_claim = self._note
@@ -149,6 +158,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         run_on(self.node)
         consume_as(self.claimant)
         worker.timer.call_repeatedly(_LOOK_EVERY, self.node.give_back_overdue)
+        if not has_processes(worker.pool):
+            logger.warning(
+                "pool without processes: jobs with a directory, a time or a memory limit are left to "
+                "nodes with --pool prefork"
+            )
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
 
     def _note(self, claimed: Claimed, headers: Mapping[str, Any]) -> None:
@@ -170,6 +184,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._leave()
 
     def _leave(self, **kwargs: Any) -> None:
+        if not self._leaving.acquire(blocking=False):
+            return  # A cold shutdown may be asked for while a warm one is at it.
         self.node.stop()
         self.limits.stop()
         self.housekeeping.stop()

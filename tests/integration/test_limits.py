@@ -12,7 +12,7 @@ import pytest
 from celery.exceptions import TimeLimitExceeded
 
 from errors import MemoryExceeded
-from tasks.family import everybody
+from tasks.family import everybody, look_at
 from tests import family_jobs as jobs
 from tests.fleets import Producer, running_fleet, wait_for
 from tests.processes import marked
@@ -60,15 +60,26 @@ def test_what_a_job_starts_counts_and_ends_with_it(producer: Producer, mark: str
     assert marked(mark) == set()
 
 
+def test_what_processes_share_counts_once(producer: Producer) -> None:
+    assert jobs.share.delay(100).get(timeout=20) == 100
+    assert isinstance(producer.end_of(jobs.share.delay(250)), MemoryExceeded)
+
+
 def test_who_gave_no_memory_is_held_to_none(producer: Producer) -> None:
     assert jobs.eat_without_a_limit.delay().get(timeout=20) == 600 << 20
 
 
-def test_a_hard_time_limit_ends_the_whole_family(producer: Producer, mark: str) -> None:
-    result = jobs.outlive.apply_async(("time", mark), time_limit=2)
-    wait_for(lambda: len(marked(mark)) == jobs.FAMILY, "the family")
+def test_a_hard_time_limit_ends_the_whole_family(
+    producer: Producer, mark: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "stray"
+    result = jobs.outlive.apply_async(("time", mark, str(file)), time_limit=2)
+    stray = int(wait_for(lambda: file.exists() and file.read_text(), "the family"))
+    assert len(marked(mark)) == jobs.FAMILY
     assert isinstance(producer.end_of(result), TimeLimitExceeded)
     assert marked(mark) == set()
+    process = look_at(stray)
+    assert process is None or not process.lives
     assert producer.states_of("family-time") == [(result.id, "FAILURE")]
 
 

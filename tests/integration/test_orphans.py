@@ -127,8 +127,9 @@ def test_the_next_start_ends_what_a_killed_worker_left(tmp_path: Path, mark: str
         wait_for(lambda: not is_alive(node.pid), "the end of the worker")
         assert len(marked(mark)) == jobs.FAMILY
         assert is_alive(forked)
+        left = marked(mark)
         node = producer.fleet.start_node("node-1")
-        assert marked(mark) == set()
+        assert not left & marked(mark)
         assert not is_alive(forked)
         assert "ended 4 processes of this node's earlier life" in node.log.read_text()
         go.touch()

@@ -1,0 +1,137 @@
+"""A worker that is asked to end: what it doesn't finish runs elsewhere at once, what it finishes
+doesn't, and no process is left of it.
+
+The leases are a minute long: what starts again in these tests was given back.
+"""
+
+from __future__ import annotations
+
+import signal
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import family_jobs
+from tests import sample_jobs as jobs
+from tests.fleets import wait_for
+from tests.processes import marked
+from tests.workers_kit import Worker, Workers, running_workers
+
+POOLS = ("prefork", "threads", "solo")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    with running_workers(tmp_path_factory.mktemp("shutdown"), soft_shutdown="1500ms") as workers:
+        yield workers
+
+
+@pytest.fixture
+def workers(fleet: Workers) -> Iterator[Workers]:
+    yield fleet
+    try:
+        wait_for(fleet.producer.is_quiet, "every claim, lock and parked job to be gone", 20)
+    finally:
+        fleet.stop()
+
+
+class Held:
+    """A keyless job that has begun, and ends when it is let go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.traces = folder / uuid.uuid4().hex
+        self.traces.mkdir()
+        self.started, self.go = folder / f"{self.traces.name}-on", folder / f"{self.traces.name}-go"
+        self.result: Any = jobs.keyless_once.delay(
+            str(self.traces), str(self.started), str(self.go)
+        )
+        self.wait_for_start()
+
+    def wait_for_start(self) -> None:
+        wait_for(self.started.exists, "the run to begin", 20)
+        self.started.unlink()
+
+    @property
+    def runs(self) -> int:
+        return len(list(self.traces.iterdir()))
+
+    def end(self) -> str:
+        self.go.touch()
+        return str(self.result.get(timeout=20))
+
+
+def nothing_of(worker: Worker) -> bool:
+    return worker.processes == set()
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_warm(workers: Workers, tmp_path: Path, pool: str) -> None:
+    leaving = workers.start("leaving", pool, cpus=1)
+    held = Held(tmp_path)
+    traces = tmp_path / "behind"
+    traces.mkdir()
+    behind = [jobs.keyless_once.delay(str(traces)) for _ in range(4)]
+    workers.start("staying", pool, cpus=1)
+    leaving.signal(signal.SIGTERM)
+    # Whatever it had claimed ahead is done elsewhere, while it is still at its last one.
+    assert {result.get(timeout=20) for result in behind} == {"staying"}
+    assert held.end() == "leaving"
+    assert leaving.wait() == 0
+    assert nothing_of(leaving)
+    assert (held.runs, len(list(traces.iterdir()))) == (1, 4)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_soft_and_then_cold(workers: Workers, tmp_path: Path, pool: str) -> None:
+    leaving = workers.start("leaving", pool, cpus=1 if pool == "solo" else 2)
+    finished = jobs.keyless_once.delay(str(tmp_path))
+    assert finished.get(timeout=20) == "leaving"
+    lost = Held(tmp_path)
+    # In `solo` the soft shutdown, which sleeps, stops the job as well.
+    done = None if pool == "solo" else Held(tmp_path)
+    workers.start("staying", pool)
+    leaving.signal(signal.SIGQUIT)
+    if done is not None:
+        done.go.touch()
+    lost.wait_for_start()
+    leaving.wait()
+    assert nothing_of(leaving)
+    assert lost.end() == "staying"
+    assert lost.runs == 2
+    if done is not None:
+        assert (done.end(), done.runs) == ("leaving", 1)
+    assert len(list(tmp_path.glob("claim-*"))) == 1
+
+
+def test_a_second_signal_makes_a_warm_shutdown_cold(workers: Workers, tmp_path: Path) -> None:
+    leaving = workers.start("leaving", "prefork")
+    lost = Held(tmp_path)
+    workers.start("staying", "prefork")
+    leaving.signal(signal.SIGTERM)
+    wait_for(lambda: "Warm shutdown" in leaving.log, "the warm shutdown")
+    leaving.signal(signal.SIGQUIT)
+    lost.wait_for_start()
+    leaving.wait()
+    assert nothing_of(leaving)
+    assert lost.end() == "staying"
+
+
+def test_cold_with_a_key_and_a_family(workers: Workers, tmp_path: Path) -> None:
+    leaving = workers.start("leaving", "prefork")
+    mark = uuid.uuid4().hex
+    started, go = tmp_path / "started", tmp_path / "go"
+    result = family_jobs.hold_a_family.delay("cold", mark, str(started), str(go))
+    wait_for(started.exists, "the run")
+    started.unlink()
+    workers.start("staying", "prefork")
+    leaving.signal(signal.SIGQUIT)
+    wait_for(started.exists, "the run to begin again", 20)
+    leaving.wait()
+    assert nothing_of(leaving)
+    go.touch()
+    assert result.get(timeout=20) == "staying"
+    assert marked(mark) == set()
+    assert workers.producer.states_of("hold-cold") == [(result.id, "SUCCESS")]
