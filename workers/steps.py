@@ -160,8 +160,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         worker.timer.call_repeatedly(_LOOK_EVERY, self.node.give_back_overdue)
         if not has_processes(worker.pool):
             logger.warning(
-                "pool without processes: jobs with a directory, a time or a memory limit are left to "
-                "nodes with --pool prefork"
+                "pool without processes: jobs with a directory, a time or a memory limit are left "
+                "to nodes with --pool prefork"
             )
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
 

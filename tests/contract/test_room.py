@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker import keys
-from broker.needs import Needs
+from broker.needs import NONE, Needs
 from broker.producing import Put
 from broker.scripts import Claims
 from tests.broker_kit import QUEUE, Broker, list_of, message, node_json, task_of
@@ -23,7 +23,7 @@ def nodes(broker: Broker) -> None:
     broker.join(OTHER)
 
 
-def put(broker: Broker, task: str, needs: Needs = Needs(), **about: Any) -> None:
+def put(broker: Broker, task: str, needs: Needs = NONE, **about: Any) -> None:
     """A job with needs."""
     priority = about.pop("priority", 0)
     queue = about.pop("queue", QUEUE)

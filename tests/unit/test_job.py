@@ -16,6 +16,7 @@ from tasks.job import JobTask, qualities_of_message
 from tasks.submitting import Submitter
 
 USUAL = f"1 {512 << 20} 0"
+WITH_FILES = f"{USUAL} prefork"
 
 
 @job(key="export-{table}-{mode}")
@@ -88,7 +89,7 @@ class TestDefinition:
 
     def test_what_the_broker_is_told(self) -> None:
         assert tuned.definition is not None
-        assert tuned.definition.about == {"needs": f"2 {3 << 29} 0"}
+        assert tuned.definition.about == {"needs": f"2 {3 << 29} 0 prefork"}
         assert picky.definition is not None
         assert picky.definition.directory is False
         assert picky.definition.about == {
@@ -217,7 +218,7 @@ class TestKeyOfASubmission:
         tuned.delay(7)
         picky.delay(1)
         assert [call["headers"]["cohort"] for call in sent] == [
-            {"key": "n-0007", "needs": f"2 {3 << 29} 0"},
+            {"key": "n-0007", "needs": f"2 {3 << 29} 0 prefork"},
             {"key": "k-1", "needs": f"1 {512 << 20} 1 arch=arm64,ssd", "conflict": "skip"},
         ]
 
@@ -226,13 +227,13 @@ class TestKeyOfASubmission:
         keyed.apply_async(("t",), headers=headers)
         assert sent[0]["headers"] == {
             "mine": 1,
-            "cohort": {"key": "export-t-full", "needs": USUAL},
+            "cohort": {"key": "export-t-full", "needs": WITH_FILES},
         }
         assert headers == {"mine": 1}
 
     def test_nobody_writes_the_header_but_us(self, sent: list[dict[str, Any]]) -> None:
         keyed.apply_async(("t",), headers={"cohort": {"key": "another"}})
-        assert sent[0]["headers"]["cohort"] == {"key": "export-t-full", "needs": USUAL}
+        assert sent[0]["headers"]["cohort"] == {"key": "export-t-full", "needs": WITH_FILES}
 
     @pytest.mark.parametrize(
         "table", ["a/b", "..", "x\0y", "x\ny", "n" * 300, "\ud800", "../../etc/passwd"]
