@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 
 from broker import keys
-from broker.needs import NONE, Needs
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class NodeInfo:
     """Names the segments that its process writes."""
     gpus: int = 0
     labels: tuple[str, ...] = ()
-    spare: Needs = NONE
-    """What no claim of it needs."""
+    spare: tuple[int, int, int] = (0, 0, 0)
+    """CPUs, memory and GPUs that no claim of it needs."""
 
     @property
     def is_live(self) -> bool:
@@ -60,8 +61,16 @@ def list_nodes(client: redis.Redis) -> list[NodeInfo]:
                 incarnation=incarnation,
                 lease_left=ends / 1000 - now,
                 running=client.hlen(keys.claims(member)),
-                spare=Needs.parse(spares.get(raw, b"").decode()),
+                spare=_spare_of(spares.get(raw), told),
                 **{**told, "labels": tuple(told.get("labels", ()))},
             )
         )
     return sorted(nodes, key=lambda info: (info.node, info.incarnation))
+
+
+def _spare_of(held: bytes | None, told: Mapping[str, Any]) -> tuple[int, int, int]:
+    if held is None:  # It hasn't asked for anything yet.
+        return told["cpus"], told["memory"], told.get("gpus", 0)
+    # Below zero while something is claimed ahead.
+    cpus, memory, gpus = (max(0, int(number)) for number in held.split())
+    return cpus, memory, gpus

@@ -157,7 +157,11 @@ def _nodes(options: argparse.Namespace) -> int:
             ) from None
     if options.json:
         rows = [
-            {**dataclasses.asdict(info), "state": "live" if info.is_live else "lost"}
+            {
+                **dataclasses.asdict(info),
+                "spare": dict(zip(("cpus", "memory", "gpus"), info.spare, strict=True)),
+                "state": "live" if info.is_live else "lost",
+            }
             for info in known
         ]
         print(json.dumps(rows, indent=2))
@@ -165,17 +169,21 @@ def _nodes(options: argparse.Namespace) -> int:
     table = Table(box=None, pad_edge=False)
     for heading in ("node", "incarnation", "state"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("cpus", "memory", "running", "lease left"):
+    for heading in ("cpus", "memory", "gpus", "running", "lease left"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("labels")
     for info in known:
+        cpus, memory, gpus = info.spare
         table.add_row(
             info.node,
             info.incarnation,
             "live" if info.is_live else "lost",
-            str(info.cpus),
-            f"{info.memory / 2**30:.1f} GiB",
+            f"{cpus} of {info.cpus}",
+            f"{memory / 2**30:.1f} of {info.memory / 2**30:.1f} GiB",
+            f"{gpus} of {info.gpus}",
             str(info.running),
             f"{max(info.lease_left, 0):.1f} s",
+            ", ".join(info.labels),
         )
     console = Console()
     if not console.is_terminal:

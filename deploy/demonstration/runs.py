@@ -162,6 +162,6 @@ class Runs:
             member = keys.claims(f"{info.node}:{info.incarnation}")
             found = cast("dict[bytes, bytes]", self._world.redis.hgetall(member))
             for claim_id, claim in found.items():
-                task_id = json.loads(claim)["task"]
+                task_id = json.loads(claim.partition(b"\0")[0])["task"]
                 held.setdefault(task_id, []).append(Claim(claim_id.decode(), info.node))
         return held

@@ -150,9 +150,12 @@ def test_another_terminal_finds_the_nodes(up: list[str], terminal: Terminal) -> 
     ]
     shown = terminal.run("nodes").stdout.splitlines()
     assert shown[0].split() == [
-        *("node", "incarnation", "state", "cpus", "memory", "running", "lease", "left"),
+        *("node", "incarnation", "state", "cpus", "memory", "gpus", "running", "lease", "left"),
+        "labels",
     ]
     assert [line.split()[0] for line in shown[1:]] == ["node-1", "node-2"]
+    assert nodes[1]["spare"]["cpus"] == 2
+    assert " 2 of 2 " in shown[2] and shown[2].endswith("prefork")
     assert nodes[0]["incarnation"] in shown[1]
 
 
