@@ -214,7 +214,10 @@ def test_what_can_t_be_looked_at_is_told_as_by_one_alone(
 
 
 def test_an_interrupted_look_leaves_no_helper(
-    tree: Path, helpers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    tree: Path,
+    tmp_path: Path,
+    helpers: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(file: int, length: int) -> bytes:
         if len(helpers) == 2:
@@ -222,6 +225,9 @@ def test_an_interrupted_look_leaves_no_helper(
         return real(file, length)
 
     real = os.read
+    endless = tmp_path / "endless.py"
+    endless.write_text("import time; time.sleep(999)")
+    monkeypatch.setattr(look, "__file__", str(endless))
     monkeypatch.setattr(os, "read", interrupted)
     files = len(os.listdir("/proc/self/fd"))
     with pytest.raises(KeyboardInterrupt):
@@ -420,6 +426,7 @@ CHANGES: list[Callable[[Path], object]] = [
     lambda tree: (tree / "d3/f301").rmdir(),
     lambda tree: (tree / "link").symlink_to("d1"),
     both(lambda tree: (tree / "link").unlink(), write("link", "a file")),
+    lambda tree: None,
 ]
 
 
