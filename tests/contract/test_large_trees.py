@@ -83,7 +83,7 @@ def alone(tree: Path) -> scan.Scan:
 
 
 def waiting_for_helpers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parent takes one batch, and no other before the helpers took all; what it looks at."""
+    """The parent takes one batch at most: the helpers take all the others; what it looks at."""
     dealt: list[int] = []
     seen: list[str] = []
     real_dealt, real_look = scan._dealt, look.look
@@ -136,7 +136,8 @@ def test_several_see_what_one_sees(
     assert len(expected.files) == FOLDERS * 10 + 3 - (before == "another")
     assert (len(found.symlinks), len(found.left_out), len(found.linked)) == (2, 3, 2)
     assert [os.path.basename(path) for path in found.sparse] == ["g0"]
-    assert (len(helpers), len(seen)) == (2, 2)  # the top, and one batch of one folder
+    assert len(helpers) == 2
+    assert len(seen) in (1, 2)  # the top, and at most one batch of one folder
     assert all(helper.returncode is not None for helper in helpers)
 
 
