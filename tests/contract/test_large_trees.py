@@ -331,7 +331,7 @@ def random_index(source: random.Random, n: int) -> Index:
             index.folders[path] = (0o755, n)
         else:
             index.symlinks[path] = ("no\udcffwhere", n)
-    index.files = packed(files | {f"many/{n}": (n, 0, 0, 0, 0) for n in range(4000)})
+    index.files = packed(files | {f"many{n // 100}/{n}": (n, 0, 0, 0, 0) for n in range(4000)})
     return index
 
 
@@ -454,3 +454,13 @@ def test_a_run_that_changed_little_adds_to_the_index_and_it_is_right(tmp_path: P
         tree.release()
         assert index.read_bytes().startswith(whole)
     assert len(whole) < index.stat().st_size < len(whole) + 6_000
+
+
+def test_a_new_tree_is_noted_in_the_kernel_s_order_by_its_first_commit(tmp_path: Path) -> None:
+    root, node, new = tmp_path / "root", tmp_path / "node", tmp_path / "new"
+    root.mkdir()
+    run(root, node, "t1", many)
+    run(root, new, "t2", write("d1/f101", "changed"))
+    found = Index.load(new / "trees/k/0/index")
+    assert found is not None
+    assert found.files.folders == alone(new / "trees/k/0/tree").files.folders
