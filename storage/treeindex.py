@@ -32,7 +32,8 @@ from storage.treefiles import Files
 
 FORMAT = 2
 _MARSHAL = 4  # known to every Python
-# The lines behind the whole may take so much of its length, before it is written anew.
+# So much of the whole's length may the lines behind it take, and so many folders be in another
+# order, before it is written anew.
 _LINES = 1 / 8
 
 
@@ -71,9 +72,15 @@ class Index:
     def save_after(self, before: "Index", differing: Collection[str], path: Path) -> None:
         """As `save`, where `before` is what the file holds, and differs from this in nothing but
         these paths: costs by their number.
+
+        After a checkout into a new tree the order of names is that of the manifest, and no folder
+        equals what the kernel tells. So that this is found out once, and not by each run, an index
+        with many such folders is written anew when the kernel's order is known.
         """
         room = before._whole * (1 + _LINES) - before._end
-        if len(differing) * 100 < room:
+        then, now = before.files.folders, self.files.folders
+        apart = sum(then.get(folder) != files for folder, files in now.items())
+        if len(differing) * 100 < room and apart < len(now) * _LINES:
             files = {path: self.files.get(path) for path in differing}
             tables = [{p: t.get(p) for p in differing} for t in (self.folders, self.symlinks)]
             reference = self.reference and self.reference.__dict__
@@ -111,7 +118,7 @@ class Index:
     def _goes_on(self, line: bytes) -> bool:
         """Bring this to the state that the line notes; False if the line isn't whole."""
         checksum, _, text = line.partition(b" ")
-        if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
+        if checksum != b"%08x" % zlib.crc32(text[:-1]):  # without the end of the line
             return False
         reference, files, folders, symlinks = json.loads(text)
         self.reference = _reference(reference)
