@@ -80,14 +80,18 @@ class KeyKind:
     """Who takes out what is in it; an empty hash, list or set is no key any more."""
     expires: bool = False
     """Whether such a key must have a time to live: nobody else deletes it."""
+    of_jobs: bool = False
+    """Whether it is there only while some job waits or runs. In an idle fleet there is none."""
 
     def matches(self, name: str) -> bool:
         """Whether a key of this name is one of them."""
         return fnmatchcase(name, self.pattern)
 
 
-def _ours(name: str, type: Type, ends: str, *, expires: bool = False) -> KeyKind:
-    return KeyKind(name, type, "cohort", ends, expires)
+def _ours(
+    name: str, type: Type, ends: str, *, expires: bool = False, of_jobs: bool = False
+) -> KeyKind:
+    return KeyKind(name, type, "cohort", ends, expires, of_jobs)
 
 
 def _celery(pattern: str, type: Type, ends: str, *, expires: bool = False) -> KeyKind:
@@ -95,11 +99,11 @@ def _celery(pattern: str, type: Type, ends: str, *, expires: bool = False) -> Ke
 
 
 TABLE: tuple[KeyKind, ...] = (
-    _ours(LOCKS, "hash", "finish, with nobody parked"),
-    _ours(PARKED, "zset", "finish, which hands the lock on"),
-    _ours(READY, "list", "claim"),
+    _ours(LOCKS, "hash", "finish, with nobody parked", of_jobs=True),
+    _ours(PARKED, "zset", "finish, which hands the lock on", of_jobs=True),
+    _ours(READY, "list", "claim", of_jobs=True),
     _ours(SEQUENCE, "string", "nobody: one counter"),
-    _ours(DELIVERIES, "hash", "finish"),
+    _ours(DELIVERIES, "hash", "finish", of_jobs=True),
     _ours(DEAD, "list", "an operator; the newest 1,000 stay"),
     _ours(BELL, "list", "idle nodes; at most 100 rings"),
     _ours(LEASES, "zset", "reap, leave"),
@@ -109,8 +113,8 @@ TABLE: tuple[KeyKind, ...] = (
     _ours(GENERATION, "string", "nobody: one note"),
     _ours(f"{TAG}outcomes:????", "hash", "sweep, forget"),
     _ours(put_once("*", 0)[:-1] + "*", "string", "its time to live", expires=True),
-    _ours(claims("*"), "hash", "finish, give back, reap"),
-    _ours(delayed("*"), "zset", "claim, once it is due"),
+    _ours(claims("*"), "hash", "finish, give back, reap", of_jobs=True),
+    _ours(delayed("*"), "zset", "claim, once it is due", of_jobs=True),
     _ours(leader("*"), "string", "its time to live", expires=True),
     # Celery's and kombu's own. Queues themselves are lists named by the bindings.
     _celery("celery-task-meta-*", "string", "its time to live", expires=True),
