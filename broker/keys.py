@@ -119,7 +119,8 @@ TABLE: tuple[KeyKind, ...] = (
     # Celery's and kombu's own. Queues themselves are lists named by the bindings.
     _celery("celery-task-meta-*", "string", "its time to live", expires=True),
     _celery("celery-taskset-meta-*.j", "zset", "the chord; its time to live", expires=True),
-    _celery("celery-taskset-meta-*.[ts]", "string", "the chord; its time to live", expires=True),
+    _celery("celery-taskset-meta-*.d", "set", "the chord; its time to live", expires=True),
+    _celery("celery-taskset-meta-*.[cts]", "string", "the chord; its time to live", expires=True),
     _celery("celery-taskset-meta-*", "string", "its time to live", expires=True),
     _celery("_kombu.binding.*", "set", "whoever deletes the queue; one for each exchange"),
     _celery(
