@@ -132,7 +132,7 @@ def test_a_node_outlives_an_absent_redis_with_outcomes_to_tell(behind: Behind) -
         waiting = [result for result in results if not result.ready()]
         if not waiting:
             break
-        wait_for(waiting[0].ready, "outcomes to flow again")
+        wait_for(waiting[0].ready, "outcomes to flow again", 20)
     assert [result.get(timeout=30) for result in results] == [2 * n for n in range(600)]
     assert all(node.is_running for node in behind.producer.fleet.nodes)
     wait_for(behind.producer.is_quiet, "nothing to be left")
