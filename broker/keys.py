@@ -98,14 +98,18 @@ class KeyKind:
     """Who takes out what is in it; an empty hash, list or set is no key any more."""
     expires: bool = False
     """Whether such a key must have a time to live: nobody else deletes it."""
+    of_jobs: bool = False
+    """Whether it is there only while some job waits or runs. In an idle fleet there is none."""
 
     def matches(self, name: str) -> bool:
         """Whether a key of this name is one of them."""
         return fnmatchcase(name, self.pattern)
 
 
-def _ours(name: str, type: Type, ends: str, *, expires: bool = False) -> KeyKind:
-    return KeyKind(name, type, "cohort", ends, expires)
+def _ours(
+    name: str, type: Type, ends: str, *, expires: bool = False, of_jobs: bool = False
+) -> KeyKind:
+    return KeyKind(name, type, "cohort", ends, expires, of_jobs)
 
 
 def _celery(pattern: str, type: Type, ends: str, *, expires: bool = False) -> KeyKind:
@@ -113,16 +117,16 @@ def _celery(pattern: str, type: Type, ends: str, *, expires: bool = False) -> Ke
 
 
 TABLE: tuple[KeyKind, ...] = (
-    _ours(LOCKS, "hash", "finish, with nobody parked"),
-    _ours(PARKED, "zset", "finish, which hands the lock on"),
-    _ours(READY, "list", "claim"),
+    _ours(LOCKS, "hash", "finish, with nobody parked", of_jobs=True),
+    _ours(PARKED, "zset", "finish, which hands the lock on", of_jobs=True),
+    _ours(READY, "list", "claim", of_jobs=True),
     _ours(SEQUENCE, "string", "nobody: one counter"),
-    _ours(DELIVERIES, "hash", "finish"),
-    _ours(WAITING, "zset", "claim"),
-    _ours(SHAPES, "hash", "claim"),
+    _ours(DELIVERIES, "hash", "finish", of_jobs=True),
+    _ours(WAITING, "zset", "claim", of_jobs=True),
+    _ours(SHAPES, "hash", "claim", of_jobs=True),
     _ours(RESERVED, "hash", "claim, reap, leave"),
     _ours(SPARE, "hash", "reap, leave"),
-    _ours(CLAIMED, "hash", "finish, give back, reap"),
+    _ours(CLAIMED, "hash", "finish, give back, reap", of_jobs=True),
     _ours(SETTLED, "hash", "finish; sweep, after a week"),
     _ours(DEAD, "hash", "an operator"),
     _ours(own_bell("*"), "list", "the node that it wakes; reap, leave"),
@@ -134,13 +138,14 @@ TABLE: tuple[KeyKind, ...] = (
     _ours(GENERATION, "string", "nobody: one note"),
     _ours(f"{TAG}outcomes:????", "hash", "sweep, forget"),
     _ours(f"{TAG}submitted:????", "hash", "its time to live", expires=True),
-    _ours(claims("*"), "hash", "finish, give back, reap"),
-    _ours(delayed("*"), "zset", "claim, once it is due"),
+    _ours(claims("*"), "hash", "finish, give back, reap", of_jobs=True),
+    _ours(delayed("*"), "zset", "claim, once it is due", of_jobs=True),
     _ours(leader("*"), "string", "its time to live", expires=True),
     # Celery's and kombu's own. Queues themselves are lists named by the bindings.
     _celery("celery-task-meta-*", "string", "its time to live", expires=True),
     _celery("celery-taskset-meta-*.j", "zset", "the chord; its time to live", expires=True),
-    _celery("celery-taskset-meta-*.[ts]", "string", "the chord; its time to live", expires=True),
+    _celery("celery-taskset-meta-*.d", "set", "the chord; its time to live", expires=True),
+    _celery("celery-taskset-meta-*.[cts]", "string", "the chord; its time to live", expires=True),
     _celery("celery-taskset-meta-*", "string", "its time to live", expires=True),
     _celery("_kombu.binding.*", "set", "whoever deletes the queue; one for each exchange"),
     _celery(

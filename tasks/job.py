@@ -360,6 +360,8 @@ def _register(definition: JobDefinition, options: dict[str, Any]) -> JobTask:
         definition=definition,
         max_retries=definition.retries,
         __header__=staticmethod(head_from_fun(function, bound=True)),
+        # Now: made at its first use, by two threads at once, one of them finds it half made.
+        lazy=False,
         **{**limits, **options},
     )(body)
     return task

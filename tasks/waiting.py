@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -27,6 +28,8 @@ _LEAST_PAUSE = 0.5
 _AT_ONCE = 500
 """Channels that one command subscribes, and outcomes that one looks for."""
 _GLANCE = 1.0
+_LAST_WORD = 5.0
+"""Seconds to wait for a server to say that it has heard of our subscriptions."""
 
 
 class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
@@ -38,6 +41,7 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
 
     _pending_unsubscribe: set[Any]
     _pubsub: Any
+    on_message: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -119,6 +123,7 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
             if names:
                 with self.reconnect_on_error():
                     self._pubsub.subscribe(*names)
+                    self._be_heard(_LAST_WORD)
 
     def _glance(self) -> None:
         """All that is listened to takes long: look at some that wait behind it, and send them to
@@ -164,7 +169,37 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
         super()._reconnect_pubsub()
         self._listen_for_refill()
         # Only now: what is announced from here on is pushed.
+        self._be_heard(_LAST_WORD)
         self.look_again()
+
+    def _wait_for_pending(self, result: Any, on_message: Any = None, **kwargs: Any) -> Any:
+        # Celery looks first, and it is while we look that the first word may come.
+        before, self.on_message = self.on_message, on_message
+        try:
+            yield from super()._wait_for_pending(result, on_message=on_message, **kwargs)
+        finally:
+            self.on_message = before
+
+    def _be_heard(self, patience: float) -> None:
+        """Wait until the server has seen all that was sent on the connection of subscriptions.
+
+        We look on another connection. What is announced after that look and before a subscription
+        has arrived would be neither seen nor pushed, and who waits would wait for ever.
+        """
+        with self._locked():
+            if self._pubsub is None or not self._pubsub.subscribed:
+                return
+            word, ends = uuid.uuid4().hex, time.monotonic() + patience
+            self._pubsub.ping(word)
+            while (left := ends - time.monotonic()) > 0:
+                message = self._pubsub.get_message(timeout=left)
+                if message is None:
+                    continue
+                if message["type"] == "message":
+                    self.on_state_change(self._decode_result(message["data"]), message)
+                elif message["type"] == "pong" and message["data"] == word.encode():
+                    break
+            self._pubsub_read.notify_all()
 
     def _listen_for_refill(self) -> None:
         with self._locked():

@@ -95,9 +95,15 @@ class Producer:
 
 @contextmanager
 def running_fleet(
-    home: Path, nodes: int, *, cpus: int = 2, flower: bool = False, **settings: str
+    home: Path,
+    nodes: int,
+    *,
+    cpus: int = 2,
+    flower: bool = False,
+    redis_url: str | None = None,
+    **settings: str,
 ) -> Iterator[Producer]:
-    """A fleet with short leases that knows the sample jobs."""
+    """A fleet with short leases that knows the sample jobs, and has a Redis unless it is given."""
     crash = home / "crash"
     crash.mkdir(parents=True)
     environ = {
@@ -108,7 +114,13 @@ def running_fleet(
         **settings,
     }
     with Fleet(
-        home / "fleet", nodes=nodes, cpus=(cpus,), environ=environ, grace=5.0, flower=flower
+        home / "fleet",
+        nodes=nodes,
+        redis=redis_url,
+        cpus=(cpus,),
+        environ=environ,
+        grace=5.0,
+        flower=flower,
     ) as fleet:
         producer = Producer(fleet, crash)
         try:

@@ -110,6 +110,16 @@ def wait_until_cancelled(run: Run, name: str, started: str) -> str:
     return "discarded"
 
 
+@job(key="deaf-{name}")
+def deaf_to_termination(run: Run, name: str, started: str, heard: str, go: str) -> str:
+    """Isn't stopped by SIGTERM, and comes to a good end: as one that is committing just then."""
+    before = signal.signal(signal.SIGTERM, lambda *_: Path(heard).touch())
+    Path(started).touch()
+    wait_for_file(go)
+    signal.signal(signal.SIGTERM, before)
+    return "heard nothing"
+
+
 @job(key="steps-{name}")
 def report_steps(run: Run, name: str, steps: int, go: str = "") -> int:
     for step in range(steps):

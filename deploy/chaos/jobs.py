@@ -6,12 +6,11 @@ import os
 import time
 from pathlib import Path
 
+from deploy.chaos.load import TRACES
 from tasks import Run, job
 
 COUNTER = "counter"
 LOG = "log"
-TRACES = "CHAOS_TRACES"
-"""The environment variable that names the folder of the keyless jobs' traces."""
 
 
 class Planned(Exception):

@@ -31,6 +31,8 @@ class _Link:
     def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
         self.ends = (client, server)
 
+        self.delay = 0.0
+
     def cut(self) -> None:
         for end in self.ends:
             end.transport.abort()
@@ -106,6 +108,15 @@ class Proxy:
 
         return self._do(reset)
 
+    def slow_down_these(self, delay: float) -> None:
+        """Delay what is sent on the connections that there are now; later ones are as ever."""
+
+        def slow_down() -> None:
+            for link in self._links:
+                link.delay = delay
+
+        self._do(slow_down)
+
     def pause(self) -> None:
         """Forward nothing from now on, and don't say so: a network that swallows."""
         self._do(self._goes_on.clear)
@@ -154,9 +165,11 @@ class Proxy:
             # Who connected while all were being cut is cut as well.
             if not self._refuses:
                 await asyncio.gather(
-                    self._forward(reader, back, lambda: self.delay),
+                    self._forward(reader, back, lambda: max(self.delay, link.delay)),
                     self._forward(onwards, writer, lambda: 0.0),
                 )
+        except asyncio.CancelledError:
+            pass  # The end of the proxy. Who waits for this task isn't to be told by a traceback.
         finally:
             self._links.remove(link)
             link.cut()

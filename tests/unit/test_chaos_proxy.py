@@ -122,6 +122,20 @@ def test_a_delay_makes_round_trips_longer_and_keeps_the_order(proxy: Proxy) -> N
         assert hear(connection, 5000) == b"".join(data)
 
 
+def test_one_connection_may_be_slower_than_another(proxy: Proxy) -> None:
+    with connect(proxy) as slow:
+        say(slow, b"a")
+        proxy.slow_down_these(0.3)
+        with connect(proxy) as fast:
+            slow.sendall(b"b")
+            assert say(fast, b"c") == b"c"
+            slow.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                slow.recv(1)
+            slow.settimeout(10)
+            assert hear(slow, 1) == b"b"
+
+
 def test_what_is_paused_comes_later(proxy: Proxy) -> None:
     with connect(proxy) as connection:
         say(connection, b"a")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from celery import Task
+from celery.local import PromiseProxy
 
 from errors import CohortError, InvalidKey, Refused
 from tasks import Run, app, job
@@ -305,3 +306,12 @@ class TestKeyOfAStockMessage:
     def test_a_key_that_can_name_no_directory_is_none(self) -> None:
         # Its attempt fails with the reason.
         assert qualities_of_message(app, self.message(keyed.name, ["a/b"], {})).key == ""
+
+
+def test_a_job_is_whole_when_it_is_decorated() -> None:
+    """Celery would make it at its first use, where a second thread may find it half made."""
+
+    @job(name="tests.unit.whole")
+    def whole(run: Run) -> None: ...
+
+    assert type(whole) is not PromiseProxy

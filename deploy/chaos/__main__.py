@@ -1,0 +1,7 @@
+"""`python -m deploy.chaos`."""
+
+import sys
+
+from deploy.chaos.command import main
+
+sys.exit(main())
