@@ -143,7 +143,7 @@ class Putter:
                 found = self._put(some, _remembered if keep is None else keep, tell)
             except OutOfMemoryError:
                 queues = ", ".join(sorted({one.queue for one in some}))
-                accepted = f" of {len(puts)} {len(words)} are accepted." if words else ""
+                accepted = f" Of {len(puts)} {len(words)} are accepted." if words else ""
                 raise BrokerFull(
                     f"queue {queues}: Redis is at its memory limit and takes no new jobs; those "
                     f"accepted go on.{accepted} Try again when some have ended, or raise maxmemory"
