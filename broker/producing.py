@@ -60,8 +60,10 @@ Tell = Callable[[Sequence[str]], tuple[str, str]]
 
 def identity_of(headers: Mapping[str, Any]) -> str:
     """What makes a submission the same: id and retries. A task may replace itself under its id."""
+    if not isinstance(headers.get("id"), str):
+        return ""  # Of Celery's first protocol: its id is in the body.
     nesting = headers.get("replaced_task_nesting") or 0
-    identity = f"{headers.get('id')}:{headers.get('retries') or 0}"
+    identity = f"{headers['id']}:{headers.get('retries') or 0}"
     return f"{identity}:{nesting}" if nesting else identity
 
 

@@ -66,10 +66,14 @@ def submit_many(
         for args, kwargs in checked:
             task.__header__(*args, **kwargs)
     abouts = [task.about(args, kwargs) for args, kwargs in checked]
-    if not app.submitter.submit_many(task, checked, ids, abouts, options):
+    submitted = Submitted(uuid(), ids, app)
+    if app.submitter.submit_many(task, checked, ids, abouts, options):
+        if app.current_worker_task:
+            app.current_worker_task.add_trail(submitted)
+    else:
         for task_id, (args, kwargs) in zip(ids, checked, strict=True):
             task.apply_async(args, kwargs, task_id=task_id, **options)
-    return Submitted(uuid(), ids, app)
+    return submitted
 
 
 def _checked(at: int, call: Any) -> Call:

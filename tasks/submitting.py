@@ -450,8 +450,9 @@ class Submitter:
     def _envelope(self, routing_key: str) -> tuple[str, Template]:
         dispatcher = self._app.amqp._event_dispatcher
         exchange: str = dispatcher.exchange.name
+        marks = {name: f"{name} {uuid()}" for name in ("body", "tag")}
         message = {
-            "body": "body",
+            "body": marks["body"],
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": dispatcher.headers,
@@ -459,11 +460,11 @@ class Submitter:
                 "delivery_mode": 1,
                 "delivery_info": {"exchange": exchange, "routing_key": routing_key},
                 "priority": 0,
-                "delivery_tag": "tag",
+                "delivery_tag": marks["tag"],
             },
         }
         topic: str = self._channel._get_publish_topic(exchange, routing_key)
-        return topic, Template(json.dumps(message), {"body": "body", "tag": "tag"})
+        return topic, Template(json.dumps(message), marks)
 
 
 def check_limits(task: Any) -> None:

@@ -121,6 +121,7 @@ class TestOnce:
     def test_a_task_that_replaces_itself_is_another(self) -> None:
         headers = {"id": "a", "retries": 0}
         assert identity_of(headers) == identity_of({"id": "a"}) == "a:0"
+        assert identity_of({}) == ""
         assert identity_of({**headers, "replaced_task_nesting": 1}) not in ("a:0", "a:1")
 
     def test_also_one_that_is_delayed(self, broker: Broker, putter: Putter) -> None:
