@@ -29,6 +29,7 @@ from kombu.utils.functional import retry_over_time
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
+from broker import retry
 from broker.producing import A_SCRIPT, ProducingChannel, Put, due_ms, identity_of, without_defaults
 from tasks.templates import Template, encoded
 
@@ -269,10 +270,11 @@ class Submitter:
             one = self._composers[name](task_id, args or (), kwargs or {}, about)
         else:
             one = self._composed(task.name, args or (), kwargs or {}, about, merged, queue)
-        if batch is None:
-            self.put([one])
-        else:
-            batch.add(one)
+        if not retry.keep(task_id, one):
+            if batch is None:
+                self.put([one])
+            else:
+                batch.add(one)
 
         result = task.AsyncResult(task_id)
         result.ignored = merged["ignore_result"]

@@ -20,6 +20,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport.virtual import Message
 
 from broker import keys
+from broker.retry import kept_retry
 from errors import BrokerFull
 from tasks.application import configuration
 from tasks.job import JobTask
@@ -76,8 +77,11 @@ class Queues:
 
 
 @pytest.fixture
-def queues(redis_server: RedisServer) -> Queues:
-    return Queues(redis_server)
+def queues(redis_server: RedisServer) -> Iterator[Queues]:
+    queues = Queues(redis_server)
+    yield queues
+    for name in ("large", "plain", "own", "other", "routed", "many"):
+        queues.client.delete(*(list_of(name, priority) for priority in (0, 3, 6)))
 
 
 @pytest.fixture
@@ -347,11 +351,23 @@ class TestCelerysWay:
         queues.client.config_set("maxmemory", 0)
 
 
+class TestRetries:
+    def test_a_runs_own_retry_is_kept_for_its_worker(self, add: JobTask, queues: Queues) -> None:
+        add.delay(0)
+        with kept_retry("t") as kept:
+            add.apply_async((1,), task_id="t", retries=1, countdown=60)
+            add.apply_async((2,), task_id="another")
+        assert kept.put is not None
+        assert said(json.loads(kept.put.payload))["headers"]["retries"] == 1
+        assert [said(message)["body"][0] for message in queues.messages()] == [[0], [2]]
+
+
 class TestEvents:
     @pytest.fixture
     def heard(self, app: App) -> Iterator[list[dict[str, Any]]]:
         """Everything that a receiver of events is told."""
         events: list[dict[str, Any]] = []
+        app.conf.task_send_sent_event = True
         with app.connection_for_read() as connection:
             receiver = app.events.Receiver(connection, handlers={"*": events.append})
             ready, over = threading.Event(), threading.Event()
@@ -376,7 +392,7 @@ class TestEvents:
             thread.join()
 
     def test_they_ride_along(
-        self, add: JobTask, heard: list[dict[str, Any]], went: list[str]
+        self, add: JobTask, heard: list[dict[str, Any]], went: list[str], queues: Queues
     ) -> None:
         one = add.apply_async((1, "x"), {}, queue="large")
         wait_for(lambda: len(heard) == 1, "an event", 10)
@@ -456,9 +472,9 @@ class TestMany:
         def task(n: int) -> None: ...
 
         task.submit_many([((1,), {}), ((), {"n": 2})])
+        assert picky.definition is not None
         assert [message["headers"]["cohort"] for message in queues.messages()] == [
-            {"gpus": 1, "labels": ["arch=arm64", "ssd"], "conflict": "skip", "key": f"k-{n}"}
-            for n in (1, 2)
+            {**picky.definition.about, "key": f"k-{n}"} for n in (1, 2)
         ]
 
     def test_the_results_are_made_when_they_are_asked_for(
