@@ -17,11 +17,10 @@ from typing import Any, Literal, NamedTuple
 import redis
 from kombu.transport import redis as stock
 from kombu.utils.json import dumps
-from redis.commands.core import Script
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from broker import keys, retry
-from broker.scripts import source
+from broker.scripts import sha_of, source
 from errors import BrokerFull
 
 Word = Literal["queued", "delayed", "there"]
@@ -61,8 +60,10 @@ Tell = Callable[[Sequence[str]], tuple[str, str]]
 
 def identity_of(headers: Mapping[str, Any]) -> str:
     """What makes a submission the same: id and retries. A task may replace itself under its id."""
+    if not isinstance(headers.get("id"), str):
+        return ""  # Of Celery's first protocol: its id is in the body.
     nesting = headers.get("replaced_task_nesting") or 0
-    identity = f"{headers.get('id')}:{headers.get('retries') or 0}"
+    identity = f"{headers['id']}:{headers.get('retries') or 0}"
     return f"{identity}:{nesting}" if nesting else identity
 
 
@@ -118,9 +119,17 @@ class Putter:
         """Untyped: redis-py's types allow for every protocol and encoding."""
 
     @cached_property
-    def _script(self) -> Script:
-        script: Script = self.client.register_script(source("put"))
-        return script
+    def _sha(self) -> str:
+        return sha_of(source("put"))
+
+    def _run(self, names: Sequence[str], arguments: Sequence[Any]) -> list[Any]:
+        command = ("EVALSHA", self._sha, len(names), *names, *arguments)
+        try:
+            reply: list[Any] = self.client.execute_command(*command)
+        except NoScriptError:
+            self.client.script_load(source("put"))
+            reply = self.client.execute_command(*command)
+        return reply
 
     def put(
         self, puts: Sequence[Put], keep: float | None = None, tell: Tell | None = None
@@ -136,7 +145,7 @@ class Putter:
                 found = self._put(some, _remembered if keep is None else keep, tell)
             except OutOfMemoryError:
                 queues = ", ".join(sorted({one.queue for one in some}))
-                accepted = f" of {len(puts)} {len(words)} are accepted." if words else ""
+                accepted = f" Of {len(puts)} {len(words)} are accepted." if words else ""
                 raise BrokerFull(
                     f"queue {queues}: Redis is at its memory limit and takes no new jobs; those "
                     f"accepted go on.{accepted} Try again when some have ended, or raise maxmemory"
@@ -161,11 +170,8 @@ class Putter:
         events = [one.event for one in some if one.event]
         channel, telling = tell(events) if tell and events else ("", "")
         arguments: list[Any] = [len(places), int(keep * 1000), channel, telling, b"".join(entries)]
-        reply: list[Any] = self._script(
-            keys=[keys.BELL, *named, *buckets],
-            args=[*arguments, *(one.payload for one in some)],
-        )
-        return reply
+        arguments += [one.payload for one in some]
+        return self._run([keys.BELL, *named, *buckets], arguments)
 
     def known(self, identities: Sequence[str]) -> list[bool]:
         """Which of these are remembered as put."""

@@ -22,7 +22,7 @@ from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deploy import logs
+from deploy import logs, submit_many
 from deploy.logs import ENDED, INTERRUPTED, POLL
 from errors import Refused, Unavailable
 from storage.logs import LogReader
@@ -40,6 +40,7 @@ def add_parser(
         "submit",
         allow_abbrev=False,
         usage="cohort submit [--wait] [--json] TASK [ARGS ...]\n"
+        "       cohort submit [--json] --many FILE TASK\n"
         "       cohort submit [--wait] [--json] --directory KEY [--timeout SPAN] "
         "[--env NAME=VALUE] -- PROGRAM [ARGS ...]",
         help="hand in a job",
@@ -52,6 +53,12 @@ def add_parser(
     )
     submit.add_argument("--wait", action="store_true", help="follow the job to its outcome")
     submit.add_argument("--json", action="store_true", help="print JSON only")
+    submit.add_argument(
+        "--many",
+        metavar="FILE",
+        help="a job for each line of FILE (- for standard input): a JSON list of its arguments, or "
+        "an object of them by name",
+    )
     submit.add_argument("--directory", metavar="KEY", help="the job directory of a program")
     submit.add_argument("--timeout", metavar="SPAN", help="end a program after so long, as 90s, 2h")
     submit.add_argument(
@@ -67,6 +74,8 @@ def check_words(
 ) -> None:
     """Make the words after `--` part of the options: a program, or more arguments of a task."""
     options.program = None
+    if options.many is not None and (options.wait or options.args or options.task is None):
+        parser.error("--many FILE takes a TASK, whose arguments are in FILE, and no --wait")
     if options.task is not None:
         options.args += program or []
         if options.directory is not None or options.timeout is not None or options.env:
@@ -84,6 +93,8 @@ def run(options: Namespace, app: Celery, root: Path | None, out: Console, err: C
     if options.program is not None:
         return _run_program(options, app, root)
     name = find_task(options.task, app.tasks)
+    if options.many is not None:
+        return submit_many.run(options, app, name, _many_of(app, name), err)
     args, kwargs = parse_arguments(options.args)
     result = _submit(app, name, args, kwargs)
     if not options.wait:
@@ -100,9 +111,24 @@ def run(options: Namespace, app: Celery, root: Path | None, out: Console, err: C
     return 0 if result.state == "SUCCESS" else 1
 
 
+def _many_of(app: Celery, name: str) -> submit_many.Submit:
+    def submit(calls: Sequence[submit_many.Call]) -> Sequence[str]:
+        with _refusals():
+            ids: list[str] = app.tasks[name].submit_many(calls).ids
+            return ids
+
+    return submit
+
+
 def _submit(app: Celery, name: str, args: Any, kwargs: Any, **options: Any) -> AsyncResult:
-    try:
+    with _refusals():
         return app.tasks[name].apply_async(args, kwargs, **options)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
     except TypeError as error:
         raise Refused(str(error)) from None
     except (OperationalError, redis.RedisError, OSError) as error:

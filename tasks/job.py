@@ -11,7 +11,7 @@ import inspect
 import re
 import string
 from base64 import b64decode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args, overload
@@ -24,6 +24,7 @@ from broker.needs import Needs
 from broker.transport import Qualities
 from errors import CohortError, DeadLettered, InvalidKey, Refused
 from storage.keys import check_key
+from tasks.bulk import Submitted, submit_many
 from tasks.journal import root_of
 from tasks.settings import current, parse_size, parse_span
 
@@ -127,7 +128,7 @@ class JobTask(Task):  # type: ignore[misc]
         `durable=True`: it is accepted when a note of it is on the shared folder, and put back into
         its queue if Redis loses it.
         """
-        about: dict[str, Any] = {}
+        about = self.about(args or (), kwargs or {})
         if options.pop("durable", False):
             root_of(self.app)
             about["durable"] = True
@@ -135,20 +136,37 @@ class JobTask(Task):  # type: ignore[misc]
             options.get("task_id") == self.request.id
         ):
             about["durable"] = "noted"  # A retry: the note of the first try stands for it.
-        if self.definition is not None:
-            about.update(self.definition.about)
-            try:
-                key = self.definition.key_of(args or (), kwargs or {})
-            except TypeError as error:
-                raise TypeError(f"{self.name}: {error}") from None
-            if key is not None:
-                about["key"] = key
         if not positional and "durable" not in about:
             submitted = self._get_app().submitter.submit(self, args, kwargs, about, options)
             if submitted is not None:
                 return submitted
         options["headers"] = {**(options.get("headers") or {}), "cohort": about}
         return super().apply_async(args, kwargs, *positional, **options)
+
+    def about(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the header `cohort` says of a submission: its key, and what it needs."""
+        if self.definition is None:
+            return {}
+        try:
+            key = self.definition.key_of(args, kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}") from None
+        said = self.definition.about
+        return dict(said) if key is None else {**said, "key": key}
+
+    def submit_many(
+        self,
+        calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+        *,
+        task_ids: Iterable[str] | None = None,
+        **options: Any,
+    ) -> Submitted:
+        """Submit a job for each call, a pair of its arguments by position and by name, in order.
+
+        All are checked before the first is sent. `options` are `apply_async`'s, for all of them.
+        With `task_ids` of one's own, doing it again after an error submits only what is missing.
+        """
+        return submit_many(self, calls, task_ids, options)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """A plain task that was lost too often isn't tried again; a job's attempt checks it."""

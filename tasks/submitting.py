@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from celery import Celery, signals
+from celery import Celery, Task, signals
 from celery.app import amqp as celery_amqp
 from celery.utils.functional import maybe_list
 from celery.utils.nodenames import anon_nodename
@@ -27,7 +29,9 @@ from kombu.utils.functional import retry_over_time
 from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
+from broker import retry
 from broker.producing import A_SCRIPT, ProducingChannel, Put, due_ms, identity_of, without_defaults
+from tasks.templates import Template, encoded
 
 if TYPE_CHECKING:
     from tasks.job import JobTask
@@ -56,6 +60,8 @@ _TOLD = frozenset(
     ]
 )
 """Options that `as_task_v2` puts into the message."""
+_MARKS = ("id", "args", "kwargs", "body", "tag", "about", "clock", "timestamp")
+_SIMPLE = frozenset(("task_id", "producer"))
 _HANDLED = _TOLD | {"add_to_parent", "queue", "priority", "headers", "producer", "serializer"}
 
 _DECIDES = [
@@ -77,6 +83,9 @@ _DECIDES = [
     "broker_write_url",
 ]
 """Configuration that decides which way a submission goes, and what it says."""
+
+Compose = Callable[[str, Any, Any, dict[str, Any]], Put]
+"""Task id, arguments by position and by name, what `cohort` says -> the message."""
 
 _PLAIN = frozenset((int, float, bool, type(None)))
 
@@ -158,6 +167,8 @@ class Submitter:
         self._decided: tuple[Any, ...] = ()
         self._is_plain = False
         self._queues: dict[str, str | None] = {}
+        self._composers: dict[tuple[str, str, bool], Compose] = {}
+        self._telling: dict[str, tuple[str, Template]] = {}
         self._channel: ProducingChannel
         self._tells = False
         self._retry_policy: dict[str, Any] | None = None
@@ -184,6 +195,8 @@ class Submitter:
 
     def _decide(self, conf: Any) -> None:
         self._queues = {}
+        self._composers = {}
+        self._telling = {}
         self._origin = anon_nodename()
         self._tells = bool(conf.task_send_sent_event)
         policy = dict(conf.task_publish_retry_policy or {})
@@ -249,17 +262,89 @@ class Submitter:
         if parent and not merged.get("parent_id"):
             merged["parent_id"] = parent.request.id
 
-        one = self._composed(task.name, args or (), kwargs or {}, about, merged, queue)
-        if batch is None:
-            self.put([one])
+        if parent is None and options.keys() <= _SIMPLE and merged["shadow"] is None:
+            # The usual `.delay()`: what it says beside its arguments, it said the last time.
+            name = (task.name, queue, task.ignore_result)
+            if name not in self._composers:
+                self._composers[name] = self._composer(task, merged, queue)
+            one = self._composers[name](task_id, args or (), kwargs or {}, about)
         else:
-            batch.add(one)
+            one = self._composed(task.name, args or (), kwargs or {}, about, merged, queue)
+        if not retry.keep(task_id, one):
+            if batch is None:
+                self.put([one])
+            else:
+                batch.add(one)
 
         result = task.AsyncResult(task_id)
         result.ignored = merged["ignore_result"]
         if parent and merged.get("add_to_parent", True):
             parent.add_trail(result)
         return result
+
+    # Many.
+
+    def submit_many(
+        self,
+        task: JobTask,
+        calls: Sequence[tuple[Any, Any]],
+        ids: Sequence[str],
+        abouts: Sequence[dict[str, Any]],
+        options: Mapping[str, Any],
+    ) -> bool:
+        """Submit a job for each call. False, and nothing done, if they must go Celery's way."""
+        if not self._goes_here():
+            return False
+        merged = self._merged(task, options)
+        queue = None if merged is None else self._queue_named(merged.get("queue"))
+        if merged is None or queue is None or type(task).shadow_name is not Task.shadow_name:
+            return False
+        parent = self._app.current_worker_task
+        if parent:
+            merged.setdefault("root_id", parent.request.root_id or parent.request.id)
+            merged.setdefault("parent_id", parent.request.id)
+        compose = self._composer(task, merged, queue)
+        jobs = zip(ids, calls, abouts, strict=True)
+        while some := list(islice(jobs, A_SCRIPT)):
+            self.put([compose(task_id, *call, about) for task_id, call, about in some])
+        return True
+
+    def _composer(self, task: JobTask, options: dict[str, Any], queue: str) -> Compose:
+        """Composes the messages of many jobs that have all but id, arguments and key in common."""
+        marks = {name: f"{name} {uuid()}" for name in _MARKS}
+        one = self._composed(task.name, (), {}, {}, {**options, "task_id": marks["id"]}, queue)
+        message = json.loads(one.payload)
+        embedded = json.dumps(json.loads(message["body"])[2])
+        message["body"] = marks["body"]
+        message["properties"]["delivery_tag"] = marks["tag"]
+        told = {"argsrepr": marks["args"], "kwargsrepr": marks["kwargs"], "cohort": marks["about"]}
+        message["headers"].update(told)
+        payload = Template(json.dumps(message), marks)
+        event: Template | None = None
+        if one.event:
+            sent = json.loads(one.event)
+            sent.update({name: marks[name] for name in ("args", "kwargs", "clock", "timestamp")})
+            event = Template(json.dumps(sent), marks)
+        forward = self._app.clock.forward
+        identity = one.identity.removeprefix(marks["id"])
+
+        def compose(task_id: str, args: Any, kwargs: Any, about: dict[str, Any]) -> Put:
+            said = {
+                "id": encoded(task_id),
+                "args": encoded(self._shown(args)),
+                "kwargs": encoded(self._shown(kwargs)),
+                "body": encoded(f"[{encoded(args)}, {encoded(kwargs)}, {embedded}]"),
+                "tag": encoded(uuid()),
+                "about": encoded(about),
+            }
+            text = payload.filled(said)
+            telling = ""
+            if event is not None:
+                said["clock"], said["timestamp"] = str(forward()), repr(time.time())
+                telling = event.filled(said)
+            return Put(one.list, one.queue, text, task_id + identity, one.due_ms, telling)
+
+        return compose
 
     def _merged(self, task: JobTask, options: Mapping[str, Any]) -> dict[str, Any] | None:
         """The options with the task's own, if all of them are handled here."""
@@ -357,11 +442,19 @@ class Submitter:
 
     def _tell(self, events: Sequence[str]) -> tuple[str, str]:
         """The channel and the message by which whoever listens to events hears of these."""
+        name = "task.sent" if len(events) == 1 else "task.multi"
+        if name not in self._telling:
+            self._telling[name] = self._envelope(name)
+        topic, envelope = self._telling[name]
+        body = events[0] if len(events) == 1 else f"[{','.join(events)}]"
+        return topic, envelope.filled({"body": encoded(body), "tag": encoded(uuid())})
+
+    def _envelope(self, routing_key: str) -> tuple[str, Template]:
         dispatcher = self._app.amqp._event_dispatcher
         exchange: str = dispatcher.exchange.name
-        routing_key = "task.sent" if len(events) == 1 else "task.multi"
+        marks = {name: f"{name} {uuid()}" for name in ("body", "tag")}
         message = {
-            "body": events[0] if len(events) == 1 else f"[{','.join(events)}]",
+            "body": marks["body"],
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": dispatcher.headers,
@@ -369,11 +462,11 @@ class Submitter:
                 "delivery_mode": 1,
                 "delivery_info": {"exchange": exchange, "routing_key": routing_key},
                 "priority": 0,
-                "delivery_tag": uuid(),
+                "delivery_tag": marks["tag"],
             },
         }
         topic: str = self._channel._get_publish_topic(exchange, routing_key)
-        return topic, json.dumps(message)
+        return topic, Template(json.dumps(message), marks)
 
 
 def check_limits(task: Any) -> None:

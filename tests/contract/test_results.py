@@ -329,7 +329,7 @@ def test_waiting_for_a_chord_isn_t_quadratic(world: World) -> None:
     ends = Ends()
     result.then(lambda _: None)
 
-    def begin() -> None:
+    def begin(*_: Any) -> None:
         if not ends.done:
             ends()
 

@@ -1,90 +1,175 @@
-"""Waiting for an outcome on a network whose connections aren't equally fast."""
+"""Waiting for many outcomes: in bounded batches, each heard of, on a real server."""
 
 from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import states
+from celery.exceptions import TimeoutError as WaitedTooLong
 
-from deploy.chaos.proxy import Proxy
+from tasks import waiting
 from tasks.application import configuration
 from tasks.settings import Settings
+from tasks.submitting import App
+from tasks.waiting import OutcomeConsumer
+from tests.fleets import wait_for
 from tests.redis_server import RedisServer
 
-SLOW = 0.6
+COUNT = 1600
 
 
 @pytest.fixture
-def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
-    with Proxy(redis_server.port) as running:
-        yield running
-        gc.collect()  # results unsubscribe as they go, which needs their Redis
+def app(redis_server: RedisServer) -> Iterator[App]:
+    """A client."""
+    app = App("tests", task_cls="tasks.job:JobTask", set_as_current=False)
+    app.conf.update(configuration(Settings.read({"COHORT_REDIS": redis_server.url})))
+    yield app
+    app.close()
 
 
-def app_at(port: int) -> Any:
-    app = Celery("tests", set_as_current=False)
-    app.conf.update(configuration(Settings.read({"COHORT_REDIS": f"redis://127.0.0.1:{port}/0"})))
+@pytest.fixture
+def elsewhere(redis_server: RedisServer) -> App:
+    """Where tasks end."""
+    app = App("elsewhere", task_cls="tasks.job:JobTask", set_as_current=False)
+    app.conf.update(configuration(Settings.read({"COHORT_REDIS": redis_server.url})))
     return app
 
 
-def end_task(server: RedisServer, task_id: str) -> None:
-    app_at(server.port).backend.store_result(task_id, "told", "SUCCESS")
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many channels were listened to, each time that some were added."""
+    seen: list[int] = []
+    listen = OutcomeConsumer._listen_to
+
+    def counted(self: Any, task_ids: Any) -> None:
+        listen(self, task_ids)
+        seen.append(len(self.subscribed_to))
+
+    monkeypatch.setattr(OutcomeConsumer, "_listen_to", counted)
+    return seen
 
 
-@pytest.mark.timeout(60)
-def test_what_ends_between_the_look_and_a_late_subscription_is_seen(
-    redis_server: RedisServer, proxy: Proxy
+def group_of(app: App, count: int = COUNT) -> Any:
+    return app.GroupResult("g", [app.AsyncResult(f"t{n}") for n in range(count)])
+
+
+def end(app: App, *numbers: int, state: str = states.SUCCESS, result: Any = None) -> None:
+    for n in numbers:
+        app.backend.store_result(f"t{n}", n if result is None else result, state)
+
+
+def consumer_of(app: App) -> Any:
+    return app.backend.result_consumer
+
+
+def test_nothing_is_listened_to_before_somebody_waits(app: App, most: list[int]) -> None:
+    results = [app.AsyncResult(f"t{n}") for n in range(COUNT)]
+    for result in results:
+        result.then(print, weak=True)  # as `group` does
+    assert (most, len(consumer_of(app)._unheard)) == ([], COUNT)
+    del results, result
+    gc.collect()
+    assert not consumer_of(app)._unheard
+
+
+def test_all_that_have_ended_are_found_and_none_is_listened_to(
+    app: App, elsewhere: App, most: list[int]
 ) -> None:
-    """The subscription goes out first and arrives last: on another connection we look too early."""
-    app = app_at(proxy.port)
-    waited_for = app.AsyncResult("t")
-    assert waited_for.state == "PENDING"
-    # The one connection that there is will be that of the subscriptions.
-    proxy.slow_down_these(SLOW)
-    # It looks once on the slow one, then subscribes; the second look is on a fast one, at once.
-    ending = threading.Timer(1.5 * SLOW, end_task, (redis_server, "t"))
-    ending.start()
-    try:
-        assert waited_for.get(timeout=10) == "told"
-    finally:
-        ending.join()
+    end(elsewhere, *range(COUNT))
+    assert group_of(app).get(timeout=20) == list(range(COUNT))
+    assert most == []
 
 
-@pytest.mark.timeout(60)
-def test_who_waits_is_pushed_the_outcome_at_once(redis_server: RedisServer, proxy: Proxy) -> None:
-    waited_for = app_at(proxy.port).AsyncResult("t")
-    begun: list[float] = []
-
-    def end() -> None:
-        begun.append(time.monotonic())
-        end_task(redis_server, "t")
-
-    ending = threading.Timer(0.5, end)
-    ending.start()
-    try:
-        assert waited_for.get(timeout=10) == "told"
-        assert time.monotonic() - begun[0] < 0.5
-    finally:
-        ending.join()
-
-
-@pytest.mark.timeout(60)
-def test_a_server_that_says_nothing_is_waited_for_as_long_as_was_asked(
-    redis_server: RedisServer, proxy: Proxy
+def test_those_that_end_while_it_is_waited_are_heard_of(
+    app: App, elsewhere: App, most: list[int], redis_server: RedisServer
 ) -> None:
-    from celery.exceptions import TimeoutError
+    end(elsewhere, *range(0, COUNT, 2))
+    group = group_of(app)
+    others = range(1, COUNT, 2)
 
-    app = app_at(proxy.port)
-    waited_for = app.AsyncResult("t")
-    assert waited_for.state == "PENDING"
-    with pytest.raises(TimeoutError):
-        waited_for.get(timeout=0.3)
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        waited_for.get(timeout=0.3)
-    assert time.monotonic() - began < 2
+    def end_others() -> None:
+        wait_for(lambda: most, "it to listen")
+        end(elsewhere, *others)
+
+    thread = threading.Thread(target=end_others)
+    thread.start()
+    assert group.get(timeout=30) == list(range(COUNT))
+    thread.join()
+    assert max(most) <= 1000 + waiting._AT_ONCE // 4
+    with redis_server.connect() as client:
+        left: Any = client.pubsub_channels("celery-task-meta-*")
+    assert len(left) <= waiting._AT_ONCE // 4
+
+
+def test_one_that_ends_between_the_look_and_the_subscription(
+    app: App, elsewhere: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen = OutcomeConsumer._listen_to
+
+    def too_late(self: Any, task_ids: Any) -> None:
+        end(elsewhere, *range(20))
+        listen(self, task_ids)
+
+    monkeypatch.setattr(OutcomeConsumer, "_listen_to", too_late)
+    assert group_of(app, 20).get(timeout=5) == list(range(20))
+
+
+def test_one_behind_all_that_take_long_is_heard_of(
+    app: App, elsewhere: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_GLANCE", 0.05)
+    group = group_of(app)
+    with pytest.raises(WaitedTooLong):
+        group.get(timeout=0.1)
+    assert "t1599" in consumer_of(app)._unheard
+    end(elsewhere, 1599, state=states.FAILURE, result=ValueError("the last one"))
+    with pytest.raises(ValueError, match="the last one"):
+        group.get(timeout=20)
+
+
+def test_one_result_is_waited_for_before_a_group(app: App, elsewhere: App) -> None:
+    group = group_of(app)
+    end(elsewhere, COUNT + 1)
+    assert app.AsyncResult(f"t{COUNT + 1}").get(timeout=5) == COUNT + 1
+    thread = threading.Timer(0.2, lambda: end(elsewhere, COUNT + 2))
+    thread.start()
+    assert app.AsyncResult(f"t{COUNT + 2}").get(timeout=5) == COUNT + 2
+    assert not group.ready()
+
+
+def test_parents_are_asked_about_together(
+    app: App, elsewhere: App, redis_server: RedisServer
+) -> None:
+    end(elsewhere, *range(0, COUNT, 2))
+    group = group_of(app)
+    with redis_server.connect() as client:
+        client.config_resetstat()
+        group.maybe_throw()
+        calls = {name: stat["calls"] for name, stat in client.info("commandstats").items()}
+    assert calls["cmdstat_mget"] == 4
+    assert "cmdstat_get" not in calls
+    assert sum(one._cache is not None for one in group) == COUNT // 2
+    end(elsewhere, 3, state=states.FAILURE, result=KeyError("three"))
+    with pytest.raises(KeyError, match="three"):
+        app.AsyncResult("body", parent=group).get(timeout=5)
+
+
+def test_a_lost_connection_loses_no_outcome(
+    app: App, elsewhere: App, most: list[int], redis_server: RedisServer
+) -> None:
+    group = group_of(app, 50)
+
+    def cut_and_end() -> None:
+        wait_for(lambda: most, "it to listen")
+        with redis_server.connect() as client:
+            client.client_kill_filter(_type="pubsub")
+        end(elsewhere, *range(50))
+
+    thread = threading.Thread(target=cut_and_end)
+    thread.start()
+    assert group.get(timeout=20) == list(range(50))
+    thread.join()
