@@ -45,13 +45,9 @@ def _current(sides: Sides, request: pytest.FixtureRequest) -> Iterator[Side]:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """`wrong_on_ours`: a strict xfail on our side alone."""
+    """`wrong_on`: a strict xfail on the sides that it names, and on no other."""
     for item in items:
-        mark = getattr(getattr(item, "function", None), "wrong_on_ours", None)
-        callspec = getattr(item, "callspec", None)
-        if (
-            mark
-            and callspec
-            and callspec.params.get("side", callspec.params.get("caller")) in (mark[1])
-        ):
-            item.add_marker(pytest.mark.xfail(reason=mark[0], strict=True))
+        sides, reason = getattr(getattr(item, "function", None), "wrong_on", ((), ""))
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if sides and params.get("side", params.get("caller")) in sides:
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

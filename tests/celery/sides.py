@@ -22,7 +22,6 @@ from celery import Celery
 from deploy.fleet import PROJECT, Fleet
 from deploy.parts import Part
 from tests import fleets
-from tests.celery import stock_app
 from tests.fleets import Producer
 
 READY = 60.0
@@ -132,12 +131,18 @@ class Side:
         part = self.workers.launch(name, *words, environ=environ)
         try:
             self.workers.wait_ready(part)
+            if "-n" not in words:
+                self.wait_listening(f"{name}@side")
             yield part
         except BaseException:
             print(part.log_tail(60))
             raise
         finally:
             part.kill()
+
+    def wait_listening(self, worker: str) -> None:
+        """Wait until remote control reaches it: a little later than it takes tasks."""
+        wait_for(lambda: self.inspect(worker, timeout=0.3).ping(), f"{worker} to listen")
 
     def celery(self, *words: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
         """`celery -A app ...` in a process of its own."""
@@ -193,6 +198,9 @@ class Sides:
 
     def side(self, name: str) -> Side:
         """'stock', 'ours', or 'stock producer'."""
+        import tasks  # noqa: F401  # before the stock app, which looks whether it is there
+        from tests.celery import stock_app
+
         workers = self._started(ours=name != "stock")
         url = workers.fleet.redis_url
         if name == "ours":
@@ -204,9 +212,12 @@ class Sides:
             app.conf.update(broker_url=url, result_backend=url)
         else:
             app = stock_app.stock_app(name, url)
-        self._apps[name] = app
         app.set_current()
-        return Side(name, app, workers)
+        side = Side(name, app, workers)
+        if name not in self._apps:
+            self._apps[name] = app
+            side.wait_listening(side.main)
+        return side
 
     def _started(self, *, ours: bool) -> Workers:
         if ours not in self._workers:

@@ -7,6 +7,7 @@ difference that a test sees is one of behaviour.
 from __future__ import annotations
 
 import os
+import sys
 
 from celery import Celery
 
@@ -16,8 +17,6 @@ def stock_app(name: str, url: str, results: str | None = None) -> Celery:
     made = Celery(name, broker=url, backend=results or url, include=["tests.celery.tasks_of_tests"])
     made.conf.update(
         broker_connection_retry_on_startup=True,
-        # By name: Cohort gives `redis` another meaning in the tests' own process.
-        broker_transport="kombu.transport.redis:Transport",
         result_extended=True,
         task_track_started=True,
         task_acks_late=True,
@@ -27,6 +26,9 @@ def stock_app(name: str, url: str, results: str | None = None) -> Celery:
         task_send_sent_event=True,
         timezone="UTC",
     )
+    if "tasks" in sys.modules:
+        # The tests' own process, where `redis` means Cohort's transport.
+        made.conf.broker_transport = "kombu.transport.redis:Transport"
     return made
 
 

@@ -12,11 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from celery import Task, chain, group, shared_task, signature
+from celery import Task, chain, current_app, group, shared_task, signature
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from celery.worker.control import control_command, inspect_command
 
 LONGEST = 30.0
+
+if os.environ.get("ACCEPTED"):
+    # A worker that accepts more than JSON.
+    current_app.conf.accept_content = os.environ["ACCEPTED"].split(",")
 
 
 def task(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -161,6 +165,18 @@ def retry_by_itself(self: Task, times: int) -> int:
 
 
 @task(bind=True)
+def retry_and_tell(self: Task) -> list[Any]:
+    if self.request.retries == 0:
+        raise self.retry(countdown=0)
+    return [self.request.retries, self.request.stamps]
+
+
+@task(bind=True)
+def replace_by_request_of(self: Task) -> Any:
+    return self.replace(request_of.s())
+
+
+@task(bind=True)
 def replace_by_add(self: Task, x: int, y: int) -> Any:
     return self.replace(add.s(x, y))
 
@@ -197,9 +213,9 @@ def wait_for_another(allowed: bool) -> int:
 
 
 @task()
-def until_soft_limit(path: str = "") -> str:
+def until_soft_limit(path: str = "", seconds: float = LONGEST) -> str:
     try:
-        time.sleep(LONGEST)
+        time.sleep(seconds)
     except SoftTimeLimitExceeded:
         if path:
             Path(path).touch()
@@ -261,10 +277,21 @@ def die(path: str) -> str:
     return "survived"
 
 
+@task(acks_late=False)
+def die_acknowledged() -> None:
+    """Kills its process, having been acknowledged before."""
+    os.kill(os.getpid(), 9)
+
+
 @task(rate_limit=None)
 def rated(path: str) -> None:
     with Path(path).open("a") as file:
         file.write(f"{time.time()}\n")
+
+
+@task(bind=True)
+def send_event(self: Task, word: str) -> None:
+    self.send_event("task-of-mine", word=word)
 
 
 @task(ignore_result=True)

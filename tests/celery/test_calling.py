@@ -243,17 +243,6 @@ class TestConnection:
 
 
 class TestSerializers:
-    @pytest.mark.parametrize("serializer", ["json", "yaml", "msgpack"])
-    def test_accepted_ones(
-        self, caller: Side, serializer: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pytest.importorskip(serializer)
-        if serializer != "json":
-            pytest.skip("tried with a worker that accepts it: test_a_worker_that_accepts_more")
-        value = {"text": "ä", "number": 1.5, "list": [1, None, True]}
-        sent = tasks.same.apply_async((value,), serializer=serializer)
-        assert sent.get(timeout=PATIENCE) == value
-
     def test_json_takes_dates_uuids_and_decimals(self, caller: Side) -> None:
         when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
         value = {"when": when, "id": uuid.UUID(int=7)}
