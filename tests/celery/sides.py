@@ -29,9 +29,11 @@ T = TypeVar("T")
 TASKS = "tests.celery.tasks_of_tests"
 
 
-def wait_for(fact: Callable[[], T], what: str, timeout: float = 15.0) -> T:
+def wait_for(fact: Callable[[], T | None], what: str, timeout: float = 15.0) -> T:
     """Wait until a fact is true, and return it."""
-    return fleets.wait_for(fact, what, timeout)
+    found = fleets.wait_for(fact, what, timeout)
+    assert found is not None
+    return found
 
 
 def _is_ready(part: Part) -> bool:

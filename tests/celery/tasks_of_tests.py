@@ -172,11 +172,6 @@ def retry_and_tell(self: Task) -> list[Any]:
 
 
 @task(bind=True)
-def replace_by_request_of(self: Task) -> Any:
-    return self.replace(request_of.s())
-
-
-@task(bind=True)
 def replace_by_add(self: Task, x: int, y: int) -> Any:
     return self.replace(add.s(x, y))
 

@@ -2,78 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import threading
-import time
+import subprocess
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import pytest
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from tests.celery import tasks_of_tests as tasks
 from tests.celery.sides import Gate, Side, wait_for
 from tests.celery.tasks_of_tests import add
 
 PATIENCE = 10
+T = TypeVar("T")
 NAME = "tests.celery.tasks_of_tests."
 
 
 class Watcher:
-    """Receives events as a monitor does, in a thread of its own."""
+    """Receives events as a monitor does, while the test waits for them."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, connection: Any, receiver: Any) -> None:
         self.side = side
         self.events: list[dict[str, Any]] = []
         self.state = side.app.events.State()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._connection = connection
+        receiver.handlers["*"] = self._keep
 
-    def _run(self) -> None:
-        def keep(event: dict[str, Any]) -> None:
-            self.state.event(event)
-            self.events.append(event)
-            if self._ended.is_set():
-                receiver.should_stop = True
+    def _keep(self, event: dict[str, Any]) -> None:
+        self.state.event(event)
+        self.events.append(event)
 
-        with self.side.app.connection_for_read() as connection:
-            receiver = self.side.app.events.Receiver(connection, handlers={"*": keep})
-            # `wakeup` has every worker send a heartbeat: so it is known that events arrive.
-            receiver.capture(limit=None, timeout=None, wakeup=True)
+    def wait(self, fact: Callable[[], T | None], what: str, timeout: float = 10.0) -> T:
+        """Receive until something is so."""
+
+        def look() -> T | None:
+            with contextlib.suppress(TimeoutError):
+                self._connection.drain_events(timeout=0.1)
+            return fact()
+
+        return wait_for(look, what, timeout)
 
     def of(self, task_id: str) -> list[str]:
         """The kinds of events of one task, in the order in which they came."""
         return [event["type"] for event in self.events if event.get("uuid") == task_id]
 
-    def find(self, task_id: str, kind: str) -> dict[str, Any]:
-        """Wait for one event of a task."""
+    def find(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Wait for one event."""
 
         def found() -> dict[str, Any] | None:
             for event in self.events:
-                if (event.get("uuid"), event["type"]) == (task_id, kind):
+                if event["type"] == kind and fields.items() <= event.items():
                     return event
             return None
 
-        return wait_for(found, f"{kind} of {task_id}; there are {self.of(task_id)}", 8)
-
-    def worker_events(self, worker: str) -> list[str]:
-        """The kinds of events of one worker."""
-        return [
-            event["type"]
-            for event in self.events
-            if event["hostname"] == worker and event["type"].startswith("worker-")
-        ]
+        return self.wait(found, f"{kind} with {fields}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def watching(side: Side) -> Iterator[Watcher]:
-    watcher = Watcher(side)
-    watcher._thread.start()
-    wait_for(lambda: watcher.worker_events(side.main), "a heartbeat")
-    yield watcher
-    watcher._ended.set()
+    """Watch a side's events; it is known that they arrive."""
+    with side.app.connection_for_read() as connection:
+        receiver = side.app.events.Receiver(connection, handlers={})
+        watcher = Watcher(side, connection, receiver)
+        # `wakeup` has every worker send a heartbeat.
+        with receiver.consumer_context(wakeup=True) as (used, _, _):
+            watcher._connection = used
+            watcher.find("worker-heartbeat", hostname=side.main)
+            yield watcher
 
 
 class TestCommands:
@@ -88,7 +84,6 @@ class TestCommands:
             ("inspect", "-d", side.main, "ping"): "pong",
             ("inspect", "-d", side.main, "registered"): NAME + "add",
             ("inspect", "-d", side.main, "--json", "active_queues"): '"name": "celery"',
-            ("inspect", "-d", side.main, "current_prefetch_count"): "prefetch_count",
             ("control", "-d", side.main, "enable_events"): "task events",
             ("control", "-d", side.main, "rate_limit", NAME + "rated", "100/s"): "new rate limit",
             ("result", result.id): "42",
@@ -128,14 +123,14 @@ class TestCommands:
             assert side.app.amqp.queues.select_add(queue).bind(connection).purge() == 4
 
     def test_events_dump(self, side: Side) -> None:
-        from subprocess import PIPE, Popen
-
         command = side.workers.command("events", "--dump")
-        dump = Popen(command, env=side.workers.environ, stdout=PIPE, text=True)
+        dump = subprocess.Popen(
+            command, env=side.workers.environ, stdout=subprocess.PIPE, text=True
+        )
         try:
             assert dump.stdout is not None
             lines = iter(dump.stdout.readline, "")
-            next(line for line in lines if "worker heartbeat" in line or "heartbeat" in line)
+            next(line for line in lines if "heartbeat" in line)
             result = add.delay(1, 1)
             seen = []
             for line in lines:
@@ -149,12 +144,12 @@ class TestCommands:
             dump.wait()
 
     def test_a_camera(self, side: Side) -> None:
-        from subprocess import PIPE, Popen
-
         command = side.workers.command(
             "events", "--camera", "tests.celery.camera.Camera", "--frequency", "0.5"
         )
-        camera = Popen(command, env=side.workers.environ, stdout=PIPE, text=True)
+        camera = subprocess.Popen(
+            command, env=side.workers.environ, stdout=subprocess.PIPE, text=True
+        )
         try:
             assert camera.stdout is not None
             lines = iter(camera.stdout.readline, "")
@@ -194,7 +189,7 @@ class TestQueues:
         assert side.client.llen("celery") == 0
         # Stock keeps what isn't acknowledged in one hash, ours in one for each worker.
         kept = side.client.keys("{cohort}claims:main:*") if side.is_ours else ["unacked"]
-        assert [side.client.hlen(name) for name in kept] == [1]
+        wait_for(lambda: [side.client.hlen(name) for name in kept] == [1], "nothing else to run")
         gate.open("held")
         result.get(timeout=PATIENCE)
         wait_for(lambda: not side.client.exists(*kept), "its acknowledgement")
@@ -204,17 +199,17 @@ class TestEvents:
     def test_success(self, side: Side) -> None:
         with watching(side) as watcher:
             result = add.delay(2, 2)
-            done = watcher.find(result.id, "task-succeeded")
+            done = watcher.find("task-succeeded", uuid=result.id)
             assert done["result"] == "4"
             assert done["runtime"] > 0
             assert done["hostname"] == side.main
-            sent = watcher.find(result.id, "task-sent")
+            sent = watcher.find("task-sent", uuid=result.id)
             assert (sent["name"], sent["args"], sent["kwargs"]) == (NAME + "add", "(2, 2)", "{}")
             assert sent["queue"] == sent["routing_key"] == "celery"
-            received = watcher.find(result.id, "task-received")
+            received = watcher.find("task-received", uuid=result.id)
             assert (received["name"], received["args"]) == (NAME + "add", "(2, 2)")
             assert received["root_id"] == result.id
-            started = watcher.find(result.id, "task-started")
+            started = watcher.find("task-started", uuid=result.id)
             assert started["pid"]
             known = watcher.state.tasks[result.id]
             assert (known.state, known.name, known.result) == ("SUCCESS", NAME + "add", "4")
@@ -223,73 +218,69 @@ class TestEvents:
     def test_failure(self, side: Side) -> None:
         with watching(side) as watcher:
             result = tasks.fail.delay()
-            failed = watcher.find(result.id, "task-failed")
+            failed = watcher.find("task-failed", uuid=result.id)
             assert failed["exception"] == "ValueError('as told')"
             assert "raise ValueError(message)" in failed["traceback"]
 
     def test_retry(self, side: Side) -> None:
         with watching(side) as watcher:
             result = tasks.retry_until.delay(1)
-            watcher.find(result.id, "task-succeeded")
-            retried = watcher.find(result.id, "task-retried")
+            retried = watcher.find("task-retried", uuid=result.id)
             assert "ValueError('not yet')" in retried["exception"]
+            watcher.find("task-succeeded", uuid=result.id)
+            assert watcher.of(result.id).count("task-received") == 2
 
     def test_revoked_while_it_runs(self, side: Side, gate: Gate) -> None:
         with watching(side) as watcher:
             result = tasks.hold.delay(*gate.args("held"))
             gate.wait("held")
             result.revoke(terminate=True)
-            revoked = watcher.find(result.id, "task-revoked")
+            revoked = watcher.find("task-revoked", uuid=result.id)
             assert (revoked["terminated"], revoked["expired"]) == (True, False)
             assert revoked["signum"] in (15, "15", "SIGTERM")
 
     def test_expired(self, side: Side) -> None:
         with watching(side) as watcher:
             result = add.apply_async((1, 1), expires=-1)
-            assert watcher.find(result.id, "task-revoked")["expired"] is True
+            assert watcher.find("task-revoked", uuid=result.id)["expired"] is True
 
     def test_rejected(self, side: Side) -> None:
         with watching(side) as watcher:
-            result = tasks.rejected.delay()
-            watcher.find(result.id, "task-rejected")
+            watcher.find("task-rejected", uuid=tasks.rejected.delay().id)
 
     def test_events_of_ones_own(self, side: Side) -> None:
         with watching(side) as watcher:
             result = tasks.send_event.delay("hello")
-            assert watcher.find(result.id, "task-of-mine")["word"] == "hello"
+            assert watcher.find("task-of-mine", uuid=result.id)["word"] == "hello"
 
-    def test_a_worker_comes_and_goes(self, side: Side) -> None:
-        with watching(side) as watcher, side.worker("guest", "-c", "1", "-E") as worker:
-            name = "guest@side"
-            wait_for(lambda: "worker-online" in watcher.worker_events(name), "it to come")
-            wait_for(lambda: "worker-heartbeat" in watcher.worker_events(name), "a heartbeat")
-            beat = next(e for e in watcher.events if e["type"] == "worker-heartbeat")
-            assert {"freq", "sw_ident", "sw_ver", "sw_sys", "active", "processed"} <= set(beat)
+    def test_a_worker_comes_is_switched_on_and_off_and_goes(self, side: Side) -> None:
+        name = "guest@side"
+        words = ("-c", "1", "worker.send_task_events=0")
+        with watching(side) as watcher, side.worker("guest", *words) as worker:
+            watcher.find("worker-online", hostname=name)
+            beat = watcher.wait(
+                lambda: next(
+                    (e for e in watcher.events if e["hostname"] == name and "processed" in e), None
+                ),
+                "a heartbeat",
+            )
+            assert {"freq", "sw_ident", "sw_ver", "sw_sys", "active", "loadavg"} <= set(beat)
             assert watcher.state.workers[name].alive
+
+            def heard_of() -> list[str]:
+                result = add.apply_async((1, 1), queue="guest")
+                result.get(timeout=PATIENCE)
+                # What is sent next comes later than all of it.
+                watcher.find("task-succeeded", uuid=add.delay(1, 1).id)
+                return watcher.of(result.id)
+
+            assert heard_of() == ["task-sent"]
+            assert "ok" in side.control("enable_events", name)
+            assert set(heard_of()) == {
+                *("task-sent", "task-received", "task-started", "task-succeeded")
+            }
+            assert "ok" in side.control("disable_events", name)
+            assert heard_of() == ["task-sent"]
             os.kill(worker.pid, signal.SIGTERM)
-            wait_for(lambda: "worker-offline" in watcher.worker_events(name), "it to go")
+            watcher.find("worker-offline", hostname=name)
             assert not watcher.state.workers[name].alive
-
-    def test_they_can_be_switched_off_and_on(self, side: Side) -> None:
-        with watching(side) as watcher:
-            assert "ok" in side.control("disable_events")
-            try:
-                silent = add.delay(1, 1)
-                silent.get(timeout=PATIENCE)
-            finally:
-                assert "ok" in side.control("enable_events")
-            heard = add.delay(1, 1)
-            watcher.find(heard.id, "task-succeeded")
-            assert watcher.of(silent.id) == ["task-sent"]
-
-    def test_capture_with_a_limit_and_a_timeout(self, side: Side) -> None:
-        got: list[object] = []
-        with side.app.connection_for_read() as connection:
-            receiver = side.app.events.Receiver(connection, handlers={"*": got.append})
-            receiver.capture(limit=1, timeout=PATIENCE, wakeup=True)
-            assert len(got) == 1
-            begun = time.monotonic()
-            quiet = side.app.events.Receiver(connection, routing_key="nothing.#")
-            with pytest.raises(TimeoutError):
-                quiet.capture(limit=1, timeout=0.5, wakeup=False)
-            assert time.monotonic() - begun < 5
