@@ -113,6 +113,7 @@ class Claimant:
         self.turns = 0
         """Counts what has begun or ended: there may be room again."""
         self._takes: dict[str, float] = {}
+        self._early: set[str] = set()
         self._ends: dict[str, End] = {}
         self._sequence = 0
         self._begin_incarnation()
@@ -279,9 +280,20 @@ class Claimant:
                 held.begun = time.monotonic()
                 self.turns += 1
 
+    def acknowledged_early(self, claim_id: str) -> None:
+        """It is acknowledged when it begins; its room is taken until `ended`."""
+        self._early.add(claim_id)
+
+    def ended(self, claim_id: str) -> None:
+        """The pool is done with it, whenever it was acknowledged."""
+        self._early.discard(claim_id)
+        self.end(claim_id)
+
     def end(self, claim_id: str) -> None:
         """The pool is done with it: its room is another's, though it isn't acknowledged yet."""
         with self._guard:
+            if claim_id in self._early:
+                return
             held = self._held.get(claim_id)
             if held is None:
                 return
@@ -325,6 +337,8 @@ class Claimant:
             return [c for c, held in self._held.items() if not held.runs and held.since < before]
 
     def _let_go(self, claim_id: str) -> None:
+        if claim_id in self._early:
+            return
         held = self._held.pop(claim_id, None)
         if held is not None:
             self.turns += 1

@@ -86,6 +86,10 @@ def lock(path: Path, *, make: bool = False) -> Slot | None:
             if make:
                 continue  # evicted in between
             return None
+        except FileExistsError:
+            if path.exists() and not path.is_dir():
+                raise
+            continue  # evicted in between, too: `mkdir` looks again, and finds nothing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

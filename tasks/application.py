@@ -40,9 +40,6 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "result_extended": True,
         "result_backend_always_retry": True,
         "imports": ("tasks.command", "tasks.directory", "tasks.export", *settings.jobs),
-        # A claim ends when its outcome is on disk, and goes back when its process is lost.
-        "task_acks_late": True,
-        "task_reject_on_worker_lost": True,
         "worker_concurrency": settings.cpus,
         "worker_consumer": "workers.consumer:FleetConsumer",
         # What is claimed ahead is limited by how long it takes, and goes back if it takes longer.

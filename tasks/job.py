@@ -371,6 +371,12 @@ def _register(definition: JobDefinition, options: dict[str, Any]) -> JobTask:
             "soft_time_limit": definition.timeout,
             "time_limit": definition.timeout + _HARD_LIMIT_GRACE,
         }
+    for option in ("acks_late", "reject_on_worker_lost"):
+        if not options.pop(option, True):
+            raise Refused(
+                f"@job {function.__qualname__}: {option}=False: a job is acknowledged when its "
+                "outcome is on disk; a plain task of Celery's has the choice"
+            )
     # A job with files takes its time; of one without, STARTED would cost more than the job.
     options.setdefault("track_started", definition.key is not None and definition.directory)
     task: JobTask = app.task(
@@ -381,6 +387,9 @@ def _register(definition: JobDefinition, options: dict[str, Any]) -> JobTask:
         # Now: made at its first use, by two threads at once, one of them finds it half made.
         lazy=False,
         **{**limits, **options},
+        # Its claim ends when its outcome is on disk, and goes back when its process is lost.
+        acks_late=True,
+        reject_on_worker_lost=True,
     )(body)
     return task
 

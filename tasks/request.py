@@ -190,6 +190,8 @@ class JobRequest(Request):  # type: ignore[misc]
         claimant = current_claimant()
         if claimant is not None:
             claimant.begin(self.claim_id)
+            if not self.task.acks_late:
+                claimant.acknowledged_early(self.claim_id)
         if pid != os.getpid():
             self.child = Child(pid)
         super().on_accepted(pid, time_accepted)
@@ -204,10 +206,13 @@ class JobRequest(Request):  # type: ignore[misc]
             if not outcomes and _ends(failed, value):
                 _node.end(self)
         super().on_success((failed, value, runtime), **kwargs)
+        # Celery acknowledges at the loop's next turn; the next job needn't wait for that.
+        self._leave_room()
+
+    def _leave_room(self) -> None:
         claimant = current_claimant()
         if claimant is not None:
-            # Celery acknowledges at the loop's next turn; the next job needn't wait for that.
-            claimant.end(self.claim_id)
+            claimant.ended(self.claim_id)
 
     def _end_with(self, failed: int, value: Any, retry: Put | None) -> None:
         claimant = current_claimant()
@@ -236,6 +241,7 @@ class JobRequest(Request):  # type: ignore[misc]
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> None:
         """The child failed, or was lost."""
+        self._leave_room()
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             error = self._worker_lost_info(error).exception
