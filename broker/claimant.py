@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from broker.needs import NONE, Needs, Room
 from broker.producing import Put
-from broker.scripts import Asking, Claimed, Claims, Scripts
+from broker.scripts import Asking, Claimed, Claims, Running, Scripts
 
 CLAIM_PREFIX = "claim-"
 """What tells a claim id from a stock delivery tag, which is a UUID."""
@@ -67,6 +67,8 @@ class _Held:
     since: float
     begun: float = 0.0
     name: str = ""
+    key: str = ""
+    """Its job key, if the message didn't say it."""
     runs: bool = False
     """Whether it takes part of the room: from when it is handed to the pool."""
 
@@ -116,6 +118,7 @@ class Claimant:
         self._early: set[str] = set()
         self._ends: dict[str, End] = {}
         self._sequence = 0
+        self._birth = ""
         self._begin_incarnation()
 
     def _begin_incarnation(self) -> None:
@@ -142,7 +145,8 @@ class Claimant:
                 if one.runs:
                     self._room.run(one.needs)
         sent = time.monotonic()
-        self.scripts.register(self.member, self.lease, json.dumps(asdict(description)))
+        told = json.dumps(asdict(description))
+        self._birth = self.scripts.register(self.member, self.lease, told)
         self.trusted_until = sent + self.lease
 
     def renew(self) -> Literal["renewed", "expelled"]:
@@ -156,15 +160,23 @@ class Claimant:
         return word
 
     def rejoin(self) -> None:
-        """Begin a new incarnation. What the old one still runs has been given to others, and goes
-        on taking room here until it ends.
+        """Begin a new incarnation. What it still runs is its again, unless another has it; that
+        goes on taking room here until it ends, and is told `superseded` then.
         """
         with self._guard:
             self._known.clear()
             for claim_id in [c for c, held in self._held.items() if not held.runs]:
                 self._let_go(claim_id)
+            running = [_running(held) for held in self._held.values() if held.runs]
         self._begin_incarnation()
+        birth = self._birth
         self.register()
+        words = self.scripts.adopt(self.member, running, emptied=birth != self._birth)
+        for one, word in zip(running, words, strict=True):
+            if word == "adopted":
+                with self._guard:
+                    if one.claimed.claim_id in self._held:
+                        self._known.add(one.claimed.claim_id)
 
     def leave(self) -> int:
         """End the lease and return what is left of its claims. How many went back."""
@@ -227,13 +239,13 @@ class Claimant:
             if held is not None:
                 held.name = name
 
-    def needs(self, claim_id: str, needs: Needs) -> None:
-        """What it needs has turned out only now."""
+    def needs(self, claim_id: str, needs: Needs, key: str) -> None:
+        """What it needs, and its key, have turned out only now."""
         with self._guard:
             held = self._held.get(claim_id)
             if held is not None:
                 self._room.hold(held.needs, -1)
-                held.needs = needs
+                held.needs, held.key = needs, key
                 self._room.hold(needs)
 
     def has_spare(self, needs: Needs) -> bool:
@@ -410,6 +422,18 @@ class Claimant:
         """Return it to the front; `lost` counts against its limit of deliveries."""
         self.scripts.give_back(self.member, claim_id, lost=lost)
         self.forget(claim_id)
+
+
+def _running(held: _Held) -> Running:
+    message = json.loads(held.claimed.payload)
+    priority = message["properties"].get("priority")
+    return Running(
+        # A stock producer's message whose key has turned out since is known by it.
+        held.claimed._replace(key=held.key or held.claimed.key, needs=held.needs.text),
+        message["headers"]["id"],
+        held.name,
+        priority if isinstance(priority, int) and 0 <= priority <= 9 else 0,
+    )
 
 
 def _ids(asking: Asking) -> list[str]:

@@ -44,6 +44,8 @@ LEASES = f"{TAG}leases"
 """Sorted set: `<node>:<incarnation>` -> when its lease ends, in ms of Redis time."""
 NODES = f"{TAG}nodes"
 """Hash: `<node>:<incarnation>` -> JSON with its capacity, host, pid and mount nonce."""
+BIRTH = f"{TAG}birth"
+"""String: a name that this Redis keeps until it is emptied."""
 FLEET = f"{TAG}fleet"
 """String: the id of the shared folder that this Redis belongs to."""
 SEGMENTS = f"{TAG}segments"
@@ -133,6 +135,7 @@ TABLE: tuple[KeyKind, ...] = (
     _ours(BELL, "list", "idle nodes; at most 100 rings"),
     _ours(LEASES, "zset", "reap, leave"),
     _ours(NODES, "hash", "reap, leave"),
+    _ours(BIRTH, "string", "nobody: one name"),
     _ours(FLEET, "string", "nobody: one name"),
     _ours(SEGMENTS, "hash", "drop, when a segment has expired"),
     _ours(GENERATION, "string", "nobody: one note"),

@@ -6,6 +6,7 @@ The Lua is in `broker/lua/`; each file begins with a glossary of its keys.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,6 +74,15 @@ class Claimed(NamedTuple):
     settled: str
     """Why it has an outcome without having run, or nothing: it is to be run."""
     list_name: str
+
+
+class Running(NamedTuple):
+    """A claim that a node has begun, and what its message says: task id, name and priority."""
+
+    claimed: Claimed
+    task: str
+    name: str
+    priority: int
 
 
 @dataclass(frozen=True)
@@ -259,6 +269,36 @@ class Scripts:
         return word.decode()  # type: ignore[return-value]
 
     @cached_property
+    def _adopt(self) -> Script:
+        return self._script("adopt")
+
+    def adopt(
+        self, member: str, running: Sequence[Running], *, emptied: bool
+    ) -> list[Literal["adopted", "taken"]]:
+        """Take up again what runs here since before the lease had ended, if nobody has it."""
+        words: list[Any] = []
+        for at in range(0, len(running), 50):
+            arguments: list[Any] = ["1" if emptied else "0"]
+            for claimed, task, name, priority in running[at : at + 50]:
+                facts = {
+                    "queue": claimed.queue,
+                    "list": claimed.list_name,
+                    "key": claimed.key,
+                    "task": task,
+                    "name": name,
+                    "priority": str(priority),
+                    "needs": claimed.needs,
+                    "conflict": "wait",
+                    "bare": "0" if claimed.qualified else "1",
+                    "settled": claimed.settled,
+                }
+                arguments += [claimed.claim_id, task, json.dumps(facts), claimed.payload]
+            words += self._adopt(
+                keys=[keys.claims(member), keys.LOCKS, keys.READY, keys.CLAIMED], args=arguments
+            )
+        return [word.decode() for word in words]
+
+    @cached_property
     def _settle(self) -> Script:
         return self._script("settle")
 
@@ -286,11 +326,15 @@ class Scripts:
     def _register(self) -> Script:
         return self._script("register")
 
-    def register(self, member: str, lease: float, description: str) -> None:
-        """Begin an incarnation's lease of so many seconds."""
-        self._register(
-            keys=[keys.LEASES, keys.NODES], args=[member, int(lease * 1000), description]
+    def register(self, member: str, lease: float, description: str) -> str:
+        """Begin an incarnation's lease of so many seconds. The name of this Redis, which is another
+        one after it was emptied.
+        """
+        birth: bytes = self._register(
+            keys=[keys.LEASES, keys.NODES, keys.BIRTH],
+            args=[member, int(lease * 1000), description, member],
         )
+        return birth.decode()
 
     @cached_property
     def _renew(self) -> Script:

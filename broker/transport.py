@@ -334,7 +334,7 @@ class Channel(ProducingChannel):
             fits=fits,
         )
         if word == "locked":
-            _claimant.needs(claimed.claim_id, qualities.needs)
+            _claimant.needs(claimed.claim_id, qualities.needs, qualities.key)
         return word
 
     def _read_message(self, claimed: Claimed) -> dict[str, Any] | None:

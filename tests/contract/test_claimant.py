@@ -197,24 +197,77 @@ class TestTrust:
 
 
 class TestRejoining:
-    def test_a_new_incarnation_with_nothing_of_the_old_one(self, broker: Broker) -> None:
-        claimant = broker.claimant("n")
+    def test_what_another_has_taken_is_not_its_own_any_more(self, broker: Broker) -> None:
+        claimant, other = broker.claimant("n"), broker.claimant("other")
         broker.put("t", "k")
         claim_id = claim(claimant)
-        claimant.begin(claim_id)
+        self.run(claimant, claim_id)
         old = claimant.member
         broker.expire(old)
         broker.scripts.reap(old)
+        second = claim(other)
         assert claimant.renew() == "expelled"
         claimant.rejoin()
         assert claimant.member != old
         assert not claimant.knows(claim_id)
-        assert claimant.running() == 0
-        second = claim(claimant)
+        assert claimant.running() == 1  # Its room is taken until it ends.
         # The old run comes to its end while the new one goes on.
         assert claimant.finish_now([claim_id]) == ["superseded"]
         assert broker.lock_of("k") == second
-        assert broker.audit().leases == {claimant.member}
+        assert broker.audit().leases == {claimant.member, other.member}
+        assert claimant.running() == 0
+
+    def run(self, claimant: Claimant, claim_id: str) -> None:
+        """The pool takes it."""
+        claimant.start(claim_id, lambda: None)
+        claimant.begin(claim_id)
+
+    @pytest.mark.parametrize("key", ["k", None])
+    def test_what_nobody_has_taken_is_its_own_again(self, broker: Broker, key: str | None) -> None:
+        claimant, other = broker.claimant("n"), broker.claimant("other")
+        broker.put("t", key)
+        claim_id = claim(claimant)
+        self.run(claimant, claim_id)
+        broker.expire(claimant.member)
+        broker.scripts.reap(claimant.member)
+        assert claimant.renew() == "expelled"
+        claimant.rejoin()
+        assert claimant.knows(claim_id)
+        asking = ask(other)
+        assert broker.scripts.claim(asking).claimed == []
+        other.unanswered(asking)
+        broker.audit()
+        assert claimant.renew() == "renewed"
+        assert claimant.finish_now([claim_id]) == ["finished"]
+        assert not broker.audit().places()
+
+    def test_a_server_that_was_wiped_learns_what_runs(
+        self, broker: Broker, redis_server: RedisServer
+    ) -> None:
+        claimant = broker.claimant("n")
+        broker.put("t", "k")
+        claim_id = claim(claimant)
+        self.run(claimant, claim_id)
+        redis_server.wipe()
+        assert claimant.renew() == "expelled"
+        claimant.rejoin()
+        assert broker.lock_of("k") == claim_id
+        broker.put("next", "k")
+        other = broker.claimant("other")
+        assert broker.scripts.claim(ask(other)).claimed == []
+        assert claimant.finish_now([claim_id]) == ["finished"]
+        assert claim(other)
+
+    def test_what_had_not_begun_is_forgotten(self, broker: Broker) -> None:
+        claimant = broker.claimant("n")
+        broker.put("t")
+        claim_id = claim(claimant)
+        broker.expire(claimant.member)
+        broker.scripts.reap(claimant.member)
+        claimant.renew()
+        claimant.rejoin()
+        assert not claimant.knows(claim_id)
+        assert [claim["task"] for claim in broker.audit().ready] == ["t"]
 
     def test_a_server_that_was_wiped(self, broker: Broker, redis_server: RedisServer) -> None:
         claimant = broker.claimant("n")

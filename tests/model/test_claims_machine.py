@@ -194,9 +194,11 @@ class Machine(RuleBasedStateMachine):
                 assert word == "parked"
                 worker.claimant.forget(claim_id)
                 return
+            worker.claimant.needs(claim_id, Needs(), self.key_of[tag])
         elif tag in self.key_of and not claimed.settled:
             assert claimed.key == self.key_of[tag], "it runs without its lock"
         worker.running[claim_id] = tag
+        worker.claimant.start(claim_id, lambda: None)
         key = self.key_of.get(tag) or claimed.key
         if key and not claimed.settled:
             self.running_key[claim_id] = key
@@ -243,7 +245,7 @@ class Machine(RuleBasedStateMachine):
         assert worker is not None
         claim_id = list(worker.running)[which % len(worker.running)]
         tag = worker.running.pop(claim_id)
-        task = tag.removeprefix("tag-of-")
+        task = tag.removeprefix("tag-of-").rstrip("+")
         new = f"{tag}+"
         due = self.broker.now_ms() + 3_600_000 if later else None
         put = Put(list_of("a"), "a", message(task, self.key_of.get(tag), tag=new), "", due)
@@ -289,8 +291,13 @@ class Machine(RuleBasedStateMachine):
         finally:
             worker.claimant.scripts = scripts
         if word == "expelled":
-            self.superseded.update(worker.running)
-            worker.claimant.rejoin()
+            self._rejoin(worker)
+
+    def _rejoin(self, worker: Worker) -> None:
+        """What nobody took meanwhile is its again."""
+        self.superseded.update(worker.running)
+        worker.claimant.rejoin()
+        self.superseded -= {c for c in worker.running if worker.claimant.knows(c)}
 
     @precondition(lambda self: self._busy(0))
     @rule(number=workers_by_number, which=st.integers(0, 9))
@@ -344,8 +351,7 @@ class Machine(RuleBasedStateMachine):
         """In good order, with runs that it didn't wait for."""
         worker = self.workers[number]
         worker.claimant.leave()
-        self.superseded.update(worker.running)
-        worker.claimant.rejoin()
+        self._rejoin(worker)
 
     @rule(key=st.sampled_from(["k", "k", "k-2"]))
     def lock_is_taken_away(self, key: str) -> None:
