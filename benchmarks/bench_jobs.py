@@ -1,4 +1,4 @@
-"""The same no-op as a job of Cohort and as a stock Celery task, for `benchmarks/throughput.py`."""
+"""The same no-op as a job of Cohort and as a stock Celery task, for `benchmarks/results.py`."""
 
 from __future__ import annotations
 

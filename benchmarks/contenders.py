@@ -154,3 +154,20 @@ class Arena:
             return
         finally:
             process.wait(10)
+
+
+@contextmanager
+def stock_worker(environ: dict[str, str]) -> Iterator[None]:
+    """Stock Celery's worker with the tasks of `bench_jobs`, ended at the end."""
+    command = ["-m", "celery", "-A", "benchmarks.bench_jobs:stock", "worker", "-c", "2", "-E"]
+    worker = subprocess.Popen(
+        [sys.executable, *command],
+        env={**environ, "BENCH": "stock"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        worker.terminate()
+        worker.wait(30)

@@ -265,7 +265,7 @@ def bench_wait(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as home:
         settings = {"COHORT_JOBS": "benchmarks.bench_jobs"}
         with Fleet(Path(home), nodes=1, cpus=(2,), environ=settings) as fleet:
-            from benchmarks.throughput import stock_worker
+            from benchmarks.contenders import stock_worker
 
             environ = fleet.environ
             figures: dict[str, list[float]] = {"stock": [], "ours": []}

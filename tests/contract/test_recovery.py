@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,7 @@ def test_a_producer_and_the_recovery_put_one_copy_between_them(lost: Lost) -> No
     """The note is on disk before the message is in Redis; in between it may be found."""
     lost.node("producer-1").append([lost.note("t", durable=True)])
     words = []
-    note = note_of(QUEUE, QUEUE, message("t", "k"))
+    note = replace(note_of(QUEUE, QUEUE, message("t", "k")), durable=True)
     barrier = threading.Barrier(2)
 
     def put() -> None:

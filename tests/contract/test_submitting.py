@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -349,6 +350,22 @@ class TestCelerysWay:
         with pytest.raises(BrokerFull, match="queue celery"):
             add.delay(2)
         queues.client.config_set("maxmemory", 0)
+
+
+def test_a_forked_process_submits_over_a_connection_of_its_own(
+    add: JobTask, queues: Queues, went: list[str]
+) -> None:
+    add.delay(0)
+    child = multiprocessing.get_context("fork").Process(target=lambda: add.delay(1))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+    add.delay(2)
+    messages = queues.messages()
+    assert [said(message)["body"][0] for message in messages] == [[0], [1], [2]]
+    first, of_child, last = (message["headers"]["origin"] for message in messages)
+    assert first == last != of_child
+    assert str(child.pid) in of_child
 
 
 class TestRetries:
