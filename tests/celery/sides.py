@@ -192,6 +192,21 @@ class Side:
         )
         return reply[name]
 
+    @contextmanager
+    def consuming(self, queue: str, **binding: str) -> Iterator[None]:
+        """The main worker takes from one more queue. It answers before it has bound it."""
+        self.control("add_consumer", queue=queue, **binding)
+
+        def consumes() -> bool:
+            queues = self.inspect().active_queues()[self.main]
+            return queue in [found["name"] for found in queues]
+
+        wait_for(consumes, f"{queue} to be bound")
+        try:
+            yield
+        finally:
+            self.control("cancel_consumer", queue=queue)
+
 
 class Sides:
     """All of them. Each is started when it is first wanted, and ends with the session."""

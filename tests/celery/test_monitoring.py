@@ -133,11 +133,8 @@ class TestCommands:
         result = add.apply_async((1, 1), queue=queue, countdown=0.5)
         with side.app.connection_for_write() as connection:
             side.app.amqp.queues.select_add(queue).bind(connection).purge()
-        side.control("add_consumer", queue=queue)
-        try:
+        with side.consuming(queue):
             assert remains(lambda: not result.ready(), 1.5)
-        finally:
-            side.control("cancel_consumer", queue=queue)
 
     @pytest.mark.long
     def test_migrate(self, side: Side) -> None:
