@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,13 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if sides and params.get("side", params.get("caller")) in sides:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any) -> Generator[None, Any, Any]:
+    """What the main worker said last, beside a failure."""
+    report = yield
+    side = item.funcargs.get("side") or item.funcargs.get("caller")
+    if report.failed and isinstance(side, Side):
+        report.sections.append(("Worker", side.workers.parts["main"].log_tail(40)))
+    return report

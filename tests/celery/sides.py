@@ -66,7 +66,7 @@ class Workers:
             "COHORT_ROOT": str(self.fleet.root),
             "COHORT_STATE": str(self.home / "state"),
             "COHORT_SCRATCH": str(self.home / "scratch" / "producer"),
-            "COHORT_JOBS": TASKS,
+            "COHORT_JOBS": f"{TASKS},tests.sample_jobs",
             "COHORT_LEASE": "3s",
             "COHORT_STOP_GRACE": "1s",
         }
@@ -112,6 +112,10 @@ class Side:
         self.app = app
         self.workers = workers
         self.main = "main@side"
+
+    def calls(self, task: Any, *args: Any, **options: Any) -> Any:
+        """Call a task by its name alone, as a program does that doesn't have its code."""
+        return self.app.send_task(task.name, args, **options)
 
     @property
     def is_ours(self) -> bool:
@@ -187,6 +191,21 @@ class Side:
             command, arguments=arguments, destination=[name], reply=True, timeout=5.0
         )
         return reply[name]
+
+    @contextmanager
+    def consuming(self, queue: str, **binding: str) -> Iterator[None]:
+        """The main worker takes from one more queue. It answers before it has bound it."""
+        self.control("add_consumer", queue=queue, **binding)
+
+        def consumes() -> bool:
+            queues = self.inspect().active_queues()[self.main]
+            return queue in [found["name"] for found in queues]
+
+        wait_for(consumes, f"{queue} to be bound")
+        try:
+            yield
+        finally:
+            self.control("cancel_consumer", queue=queue)
 
 
 class Sides:

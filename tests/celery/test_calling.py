@@ -282,41 +282,26 @@ class TestRouting:
         queue = f"queue-{uuid.uuid4().hex[:6]}"
         result = tasks.request_of.apply_async(queue=queue)
         assert caller.client.llen(queue) == 1
-        caller.control("add_consumer", queue=queue)
-        try:
+        with caller.consuming(queue):
             found = result.get(timeout=PATIENCE)
-        finally:
-            caller.control("cancel_consumer", queue=queue)
         assert found["delivery"]["routing_key"] == queue
 
     def test_exchange_and_routing_key(self, caller: Side) -> None:
         name = f"routed-{uuid.uuid4().hex[:6]}"
-        caller.control(
-            "add_consumer", queue=name, exchange="ex", exchange_type="direct", routing_key=name
-        )
-        try:
+        with caller.consuming(name, exchange="ex", exchange_type="direct", routing_key=name):
             result = tasks.request_of.apply_async(exchange="ex", routing_key=name)
             found = result.get(timeout=PATIENCE)
-        finally:
-            caller.control("cancel_consumer", queue=name)
         assert found["delivery"] == {"exchange": "ex", "routing_key": name}
 
     def test_a_topic_exchange(self, caller: Side) -> None:
         name, topics = f"topic-{uuid.uuid4().hex[:6]}", Exchange("topics", "topic")
-        caller.control(
-            "add_consumer",
-            queue=name,
-            exchange="topics",
-            exchange_type="topic",
-            routing_key=f"{name}.*",
-        )
-        try:
+        with caller.consuming(
+            name, exchange="topics", exchange_type="topic", routing_key=f"{name}.*"
+        ):
             result = tasks.request_of.apply_async(
                 exchange=topics, routing_key=f"{name}.video", declare=[topics]
             )
             assert result.get(timeout=PATIENCE)["delivery"]["routing_key"] == f"{name}.video"
-        finally:
-            caller.control("cancel_consumer", queue=name)
 
     def read_routes(self, caller: Side) -> None:
         caller.app.amqp.flush_routes()

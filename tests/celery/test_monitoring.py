@@ -10,8 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import pytest
+import redis
+
 from tests.celery import tasks_of_tests as tasks
-from tests.celery.sides import Gate, Side, wait_for
+from tests.celery.marks import wrong_on
+from tests.celery.sides import Gate, Side, remains, wait_for
 from tests.celery.tasks_of_tests import add
 
 PATIENCE = 10
@@ -90,6 +94,7 @@ class TestCommands:
             ("result", "--traceback", failed.id): "raise ValueError(message)",
             ("list", "bindings"): "celery",
             ("report",): "celery:5.",
+            ("shell", "--python"): "",
         }
         done = side.celery_together(*wanted, timeout=60)
         for answer, (words, part) in zip(done, wanted.items(), strict=True):
@@ -122,6 +127,29 @@ class TestCommands:
         with side.app.connection_for_write() as connection:
             assert side.app.amqp.queues.select_add(queue).bind(connection).purge() == 4
 
+    @wrong_on("ours", reason="what waits for its ETA in Redis isn't purged with its queue")
+    def test_purge_takes_what_is_not_due_as_well(self, side: Side) -> None:
+        queue = f"purged-{uuid.uuid4().hex[:6]}"
+        result = add.apply_async((1, 1), queue=queue, countdown=0.5)
+        with side.app.connection_for_write() as connection:
+            side.app.amqp.queues.select_add(queue).bind(connection).purge()
+        with side.consuming(queue):
+            assert remains(lambda: not result.ready(), 1.5)
+
+    @pytest.mark.long
+    def test_migrate(self, side: Side) -> None:
+        queue = f"moved-{uuid.uuid4().hex[:6]}"
+        for number in range(3):
+            add.apply_async((1, number), queue=queue)
+        here = side.workers.fleet.redis_url
+        there = here.removesuffix("/0") + "/9"
+        (done,) = side.celery_together(("migrate", "-n", "3", "-Q", queue, here, there))
+        assert done.returncode == 0, done.stderr
+        other = redis.Redis.from_url(there)
+        assert other.llen(queue) == 3
+        other.flushdb()
+        side.client.delete(queue)
+
     def test_events_dump(self, side: Side) -> None:
         command = side.workers.command("events", "--dump")
         dump = subprocess.Popen(
@@ -143,6 +171,7 @@ class TestCommands:
             dump.kill()
             dump.wait()
 
+    @pytest.mark.long
     def test_a_camera(self, side: Side) -> None:
         command = side.workers.command(
             "events", "--camera", "tests.celery.camera.Camera", "--frequency", "0.5"
@@ -155,7 +184,7 @@ class TestCommands:
             lines = iter(camera.stdout.readline, "")
             next(line for line in lines if "main@side" in line)
             for _ in range(3):
-                add.delay(1, 1)
+                add.delay(1, 1).get(timeout=PATIENCE)
             assert next(line for line in lines if "3 tasks" in line)
         finally:
             camera.send_signal(signal.SIGINT)
@@ -184,15 +213,19 @@ class TestQueues:
         side.client.delete(*lists)
 
     def test_what_runs_is_in_no_queue(self, side: Side, gate: Gate) -> None:
+        def kept() -> bool:
+            # Stock keeps what isn't acknowledged in one hash, ours in one for each worker.
+            hashes = side.client.keys("{cohort}claims:main:*") if side.is_ours else ["unacked"]
+            found = [value for name in hashes for value in side.client.hvals(name)]
+            return any(result.id in value for value in found)
+
         result = tasks.hold.delay(*gate.args("held"))
         gate.wait("held")
         assert side.client.llen("celery") == 0
-        # Stock keeps what isn't acknowledged in one hash, ours in one for each worker.
-        kept = side.client.keys("{cohort}claims:main:*") if side.is_ours else ["unacked"]
-        wait_for(lambda: [side.client.hlen(name) for name in kept] == [1], "nothing else to run")
+        assert kept()
         gate.open("held")
         result.get(timeout=PATIENCE)
-        wait_for(lambda: not side.client.exists(*kept), "its acknowledgement")
+        wait_for(lambda: not kept(), "its acknowledgement")
 
 
 class TestEvents:

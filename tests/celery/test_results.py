@@ -87,7 +87,7 @@ class TestStates:
     def test_reject(self, caller: Side) -> None:
         result = tasks.rejected.delay()
         wait_for(result.ready, "it to be rejected", PATIENCE)
-        assert result.state == "REJECTED"
+        assert (result.state, type(result.result).__name__) == ("FAILURE", "Reject")
 
     def test_reject_and_requeue(self, caller: Side, tmp_path: Path) -> None:
         result = tasks.requeued.delay(str(tmp_path / "once"))
@@ -95,56 +95,56 @@ class TestStates:
 
 
 class TestWaiting:
-    def test_timeout(self, caller: Side, gate: Gate) -> None:
+    def test_timeout(self, side: Side, gate: Gate) -> None:
         result = tasks.hold.delay(*gate.args("held"))
         with pytest.raises(TimeoutError):
             result.get(timeout=0.2)
         gate.open("held")
         assert result.get(timeout=PATIENCE) == "held"
 
-    def test_wait_is_get(self, caller: Side) -> None:
+    def test_wait_is_get(self, side: Side) -> None:
         assert add.delay(2, 2).wait(timeout=PATIENCE) == 4
 
-    def test_get_again(self, caller: Side) -> None:
+    def test_get_again(self, side: Side) -> None:
         result = add.delay(2, 2)
         assert [result.get(timeout=PATIENCE) for _ in range(3)] == [4] * 3
 
-    def test_interval_and_callbacks(self, caller: Side) -> None:
+    def test_interval_and_callbacks(self, side: Side) -> None:
         got: list[object] = []
         result = tasks.sleep.delay(0.5)
         result.get(timeout=PATIENCE, interval=0.1, callback=lambda *told: got.append(told))
         assert got == [(result.id, 0.5)]
 
-    def test_then_with_a_promise(self, caller: Side) -> None:
+    def test_then_with_a_promise(self, side: Side) -> None:
         got: list[AsyncResult] = []
         result = tasks.sleep.delay(0.3)
         result.then(got.append)
         assert result.get(timeout=PATIENCE) == 0.3
         assert [promised.id for promised in got] == [result.id]
 
-    def test_a_task_may_not_wait_for_another(self, caller: Side) -> None:
+    def test_a_task_may_not_wait_for_another(self, side: Side) -> None:
         with pytest.raises(RuntimeError, match="within a task"):
             tasks.wait_for_another.delay(False).get(timeout=PATIENCE)
 
-    def test_unless_it_says_so(self, caller: Side) -> None:
+    def test_unless_it_says_so(self, side: Side) -> None:
         assert tasks.wait_for_another.delay(True).get(timeout=PATIENCE) == 2
         with allow_join_result():
             assert add.delay(1, 1).get(timeout=PATIENCE) == 2
 
-    def test_another_process_reads_it(self, caller: Side) -> None:
+    def test_another_process_reads_it(self, side: Side) -> None:
         result = add.delay(2, 2)
-        other = AsyncResult(result.id, app=caller.app)
+        other = AsyncResult(result.id, app=side.app)
         assert other.get(timeout=PATIENCE) == 4
         assert other == result
 
-    def test_many_waiters(self, caller: Side) -> None:
+    def test_many_waiters(self, side: Side) -> None:
         results = [add.delay(number, number) for number in range(50)]
         assert [result.get(timeout=PATIENCE) for result in reversed(results)] == [
             2 * number for number in reversed(range(50))
         ]
 
-    def test_nobody_knows_it(self, caller: Side) -> None:
-        result = AsyncResult("no-such-task", app=caller.app)
+    def test_nobody_knows_it(self, side: Side) -> None:
+        result = AsyncResult("no-such-task", app=side.app)
         assert (result.state, result.result, result.ready()) == ("PENDING", None, False)
 
 
@@ -187,6 +187,19 @@ class TestAttributes:
         result = add.delay(2, 2)
         result.get(timeout=PATIENCE)
         assert 0 < caller.client.ttl(f"celery-task-meta-{result.id}") <= 86400
+
+    @pytest.mark.long
+    def test_later_it_is_read_from_the_shared_folder(self, caller: Side) -> None:
+        environ = {"COHORT_RESULTS_IN_REDIS": "500ms"}
+        with caller.worker("brief", "-c", "1", environ=environ if caller.is_ours else {}):
+            result = add.apply_async((2, 2), queue="brief")
+            assert result.get(timeout=PATIENCE) == 4
+            if caller.is_ours:
+                name = f"celery-task-meta-{result.id}"
+                wait_for(lambda: not caller.client.exists(name), "it to leave Redis")
+            again = AsyncResult(result.id, app=caller.app)
+            # A stock producer knows nothing of the shared folder.
+            assert again.state == ("PENDING" if caller.name == "stock producer" else "SUCCESS")
 
     def test_as_tuple_and_back(self, caller: Side) -> None:
         result = chain(add.s(1, 1), add.s(1)).delay()
@@ -237,14 +250,14 @@ class TestAttributes:
 
 
 class TestRevoking:
-    def test_before_it_runs(self, caller: Side) -> None:
+    def test_before_it_runs(self, side: Side) -> None:
         result = add.apply_async((2, 2), countdown=1.5)
         result.revoke()
         with pytest.raises(TaskRevokedError):
             result.get(timeout=PATIENCE)
         assert result.state == "REVOKED"
 
-    def test_while_it_runs(self, caller: Side, gate: Gate) -> None:
+    def test_while_it_runs(self, side: Side, gate: Gate) -> None:
         result = tasks.hold.delay(*gate.args("held"))
         gate.wait("held")
         result.revoke(terminate=True)
@@ -252,7 +265,7 @@ class TestRevoking:
             result.get(timeout=PATIENCE)
         assert remains(lambda: len(gate.runs("held")) == 1, 0.3)
 
-    def test_without_terminate_it_runs_on(self, caller: Side, gate: Gate) -> None:
+    def test_without_terminate_it_runs_on(self, side: Side, gate: Gate) -> None:
         result = tasks.hold.delay(*gate.args("held"))
         gate.wait("held")
         result.revoke(wait=True, timeout=2)

@@ -43,19 +43,19 @@ def stamps_of(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found["stamps"][name] for name in found["stamped_headers"] or ()}
 
 
-def test_stamp_of_a_signature(caller: Side) -> None:
+def test_stamp_of_a_signature(side: Side) -> None:
     made = tasks.request_of.s()
     made.stamp(customer="acme", area=7)
     found = made.apply_async().get(timeout=PATIENCE)
     assert stamps_of(found) == {"customer": "acme", "area": 7}
 
 
-def test_without_stamps(caller: Side) -> None:
+def test_without_stamps(side: Side) -> None:
     found = tasks.request_of.delay().get(timeout=PATIENCE)
     assert stamps_of(found) == {}
 
 
-def test_a_visitor_stamps_all_of_a_canvas(caller: Side) -> None:
+def test_a_visitor_stamps_all_of_a_canvas(side: Side) -> None:
     made = chain(add.s(1, 1), group(tasks.request_of.s(), tasks.request_of.s()))
     visitor = Monitoring("all")
     made.stamp(visitor=visitor)
@@ -64,14 +64,14 @@ def test_a_visitor_stamps_all_of_a_canvas(caller: Side) -> None:
     assert {"chain", "group", "add", "request_of"} <= set(visitor.seen)
 
 
-def test_a_chord_with_its_body(caller: Side) -> None:
+def test_a_chord_with_its_body(side: Side) -> None:
     made = chord([tasks.request_of.s(), tasks.request_of.s()], tasks.same.s())
     made.stamp(visitor=Monitoring("chord"))
     for found in made.apply_async().get(timeout=PATIENCE):
         assert stamps_of(found) == {"monitoring": "chord"}
 
 
-def test_callbacks_are_stamped_by_the_visitor(caller: Side) -> None:
+def test_callbacks_are_stamped_by_the_visitor(side: Side) -> None:
     made = tasks.same.s(1)
     made.link(tasks.request_of.s())
     made.stamp(visitor=Monitoring("main", on_callback="yes"))
@@ -82,17 +82,17 @@ def test_callbacks_are_stamped_by_the_visitor(caller: Side) -> None:
     assert stamps_of(found)["on_callback"] == "yes"
 
 
-def test_a_retry_keeps_its_stamps(caller: Side) -> None:
+def test_a_retry_keeps_its_stamps(side: Side) -> None:
     made = tasks.retry_and_tell.s()
     made.stamp(customer="acme")
     assert made.apply_async().get(timeout=PATIENCE) == [1, {"customer": "acme"}]
 
 
-def test_stamps_are_in_the_result(caller: Side) -> None:
+def test_stamps_are_in_the_result(side: Side) -> None:
     made = tasks.same.s(1)
     made.stamp(customer="acme")
     result = made.apply_async()
     result.get(timeout=PATIENCE)
-    meta = caller.app.backend.get_task_meta(result.id)
+    meta = side.app.backend.get_task_meta(result.id)
     assert meta["stamped_headers"] == ["customer"]
     assert meta["customer"] == "acme"

@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -56,11 +58,12 @@ class TestLimits:
         result = tasks.die.delay(str(tmp_path / "once"))
         assert result.get(timeout=20) == "survived"
 
+    @pytest.mark.long
     @wrong_on("ours", reason="no outcome: on_failure drops a lost task that was acknowledged")
     def test_a_lost_process_with_early_acknowledgement(self, side: Side) -> None:
         result = tasks.die_acknowledged.delay()
         with pytest.raises(WorkerLostError):
-            result.get(timeout=5)
+            result.get(timeout=15)
 
     def test_usr1_dumps_all_threads(self, side: Side) -> None:
         main = side.workers.parts["main"]
@@ -71,6 +74,7 @@ class TestLimits:
 
 
 class TestOptions:
+    @pytest.mark.long
     def test_names_files_queues_and_limits(self, side: Side, tmp_path: Path) -> None:
         """One worker with many options: starting one takes its time."""
         name = f"many@{socket.gethostname()}"
@@ -106,6 +110,7 @@ class TestOptions:
         finally:
             part.kill()
 
+    @pytest.mark.long
     def test_excluded_queues_and_memory_per_child(self, side: Side) -> None:
         words = ("-X", "celery", "-c", "1", "--max-memory-per-child", "150000")
         with side.worker("frugal", *words):
@@ -116,6 +121,7 @@ class TestOptions:
             # It is looked at after a task: this one finds a new process.
             assert tasks.pid.apply_async(queue="frugal").get(timeout=PATIENCE) != first
 
+    @pytest.mark.long
     @pytest.mark.parametrize("accepted", ["yaml", "pickle"])
     def test_a_worker_that_accepts_more(self, side: Side, accepted: str) -> None:
         value = {"text": "ä", "number": 1.5, "list": [1, None, True]}
@@ -127,6 +133,35 @@ class TestOptions:
             finally:
                 disable_insecure_serializers(["json"])
             assert result.get(timeout=PATIENCE) == value
+
+
+class TestDaemons:
+    @pytest.mark.long
+    def test_multi_starts_restarts_and_stops(self, side: Side, tmp_path: Path) -> None:
+        pidfile = tmp_path / "one.pid"
+        files = (f"--pidfile={tmp_path}/%n.pid", f"--logfile={tmp_path}/%n%I.log")
+        words = ("-c", "1", "-Q", "multi", "-l", "INFO")
+        app = side.workers.command()[-1]
+        environ = {**side.workers.environ, "COHORT_NODE": "multi"}
+
+        def multi(command: str, *more: str) -> None:
+            line = [sys.executable, "-m", "celery", "multi", command, "one@side", *more]
+            subprocess.run(line, env=environ, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+        def answers() -> int:
+            side.wait_listening("one@side")
+            assert add.apply_async((1, 1), queue="multi").get(timeout=20) == 2
+            return int(pidfile.read_text())
+
+        multi("start", "-A", app, *words, *files)
+        try:
+            first = answers()
+            multi("restart", "-A", app, *words, *files)
+            wait_for(lambda: (tmp_path / "one.log").read_text().count("ready.") == 2, "a restart")
+            assert answers() != first
+        finally:
+            multi("stopwait", *files)
+        wait_for(lambda: not pidfile.exists(), "its end")
 
 
 class TestPools:
@@ -184,9 +219,11 @@ class TestShutdown:
         # What it had fetched is there for others.
         self.taken_over(side, "warm", gate, "waiting", waiting, 1)
 
-    @pytest.mark.parametrize("way", ["QUIT", "INT twice", "REMAP_SIGTERM"])
+    @pytest.mark.parametrize(
+        "way", ["QUIT", *(pytest.param(w, marks=pytest.mark.long) for w in ("INT twice", "REMAP"))]
+    )
     def test_quit_is_cold(self, side: Side, gate: Gate, way: str) -> None:
-        environ = {"REMAP_SIGTERM": "SIGQUIT"} if way == "REMAP_SIGTERM" else {}
+        environ = {"REMAP_SIGTERM": "SIGQUIT"} if way == "REMAP" else {}
         with side.worker("cold", "-c", "1", environ=environ) as worker:
             running = tasks.hold.apply_async(gate.args("running"), queue="cold")
             gate.wait("running")
@@ -205,6 +242,7 @@ class TestShutdown:
         # Acknowledged late, it runs again elsewhere.
         self.taken_over(side, "cold", gate, "running", running, 2)
 
+    @pytest.mark.long
     def test_soft_shutdown_gives_some_time(self, side: Side, gate: Gate) -> None:
         with side.worker("soft", "-c", "2", "worker.soft_shutdown_timeout=2") as worker:
             short = tasks.hold.apply_async(gate.args("short"), queue="soft")
