@@ -24,7 +24,7 @@ from storage.listing import Listing, Missing
 from storage.log import Log, Record
 from storage.version import Version
 
-__all__ = ["Attempt", "Directory", "Version", "conclude_for"]
+__all__ = ["Attempt", "Directory", "Version", "conclude_for", "conclusion_of"]
 
 BELONGS = ("log", "runs", "gc", "HEAD")
 
@@ -133,7 +133,7 @@ class Directory:
         it is tried again on the new head. After `Unavailable` it may be called again.
         """
         # The claim's own folder had its writer; nor may its record pass for the claim's own.
-        end = f"{check_name('claim id', claim_id)}-end"
+        end = conclusion_of(check_name("claim id", claim_id))
         ending = self._begin(task_id, end, f"{end}-{secrets.token_hex(4)}", self.head())
         while True:
             try:
@@ -170,6 +170,11 @@ class Directory:
                 )
             found.add(entry.name)
         return found
+
+
+def conclusion_of(claim_id: str) -> str:
+    """The claim id of a record that `conclude_for` made for that claim."""
+    return f"{claim_id}-end"
 
 
 def conclude_for(

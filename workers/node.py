@@ -22,7 +22,7 @@ from kombu.asynchronous import get_event_loop
 from broker.claimant import Claimant
 from broker.transport import current_claimant
 from errors import CohortError
-from storage.directory import conclude_for
+from storage.directory import conclude_for, conclusion_of
 from storage.log import Record, State
 from storage.worktree import WorkTree
 from tasks.request import JobRequest, has_processes
@@ -193,13 +193,22 @@ class WorkerNode:
             record = self._record_end(request, state, error)
             if record is None:
                 return
-            if record.claim_id == request.claim_id:
-                # The child had committed before it died. The next delivery tells that outcome,
-                # and sends the links and chains that the child may not have sent.
+            if record.claim_id != conclusion_of(request.claim_id) and request.expires is None:
+                # The task had its outcome before: the child's own, or another claim's. The next
+                # delivery tells it, and sends the links and chains that nobody may have sent. It
+                # mustn't be revoked on its way: what has ended can't be.
+                worker_state.revoked.discard(request.id)
                 self._writer.give_back(request.claim_id, lost=False)
                 return
             committed_as(record.task_id, record.key, record.n)
             state = record.state
+            if state == states.SUCCESS:
+                # It ended before it expired, and each delivery from now on would be too late.
+                backend.mark_as_done(
+                    request.id, record.result, request.context, store_result=request.store_errors
+                )
+                self._writer.finish(request.claim_id)
+                return
         if state == states.REVOKED:
             backend.mark_as_revoked(
                 request.id, str(error), request=request.context, store_result=request.store_errors

@@ -32,7 +32,8 @@ QUEUE = "celery"
 def what_is_left(client: Any) -> list[str]:
     """Keys in Redis that are there only while a job waits or runs."""
     left = []
-    for raw in client.scan_iter(count=1000):
+    # All names at one moment: a job moves from key to key, and a scan may miss it on its way.
+    for raw in client.keys("*"):
         name = raw.decode("utf-8", "backslashreplace")
         kind = keys.kind_of(name)
         if kind.of_jobs if kind is not None else name.partition("\x06")[0] == QUEUE:

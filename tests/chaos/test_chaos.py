@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -184,9 +183,9 @@ class Emptied:
     def __init__(self, looks: int) -> None:
         self.looks = looks
 
-    def scan_iter(self, count: int) -> Iterator[bytes]:
+    def keys(self, pattern: str) -> list[bytes]:
         self.looks -= 1
-        return iter([b"{cohort}locks", b"celery", b"{cohort}leases"] if self.looks >= 0 else [])
+        return [b"{cohort}locks", b"celery", b"{cohort}leases"] if self.looks >= 0 else []
 
     def hgetall(self, name: bytes) -> dict[bytes, bytes]:
         return {b"chaos-1": b"claim-1"}

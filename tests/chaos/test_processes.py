@@ -111,6 +111,24 @@ def _records(producer: Producer, key: str) -> list[tuple[str, str]]:
     return [(record.task_id, record.claim_id) for record in versions]
 
 
+def test_a_job_that_was_revoked_too_late_keeps_its_success(
+    producer: Producer, tmp_path: Path
+) -> None:
+    """It has committed, and its child dies before it can say so: whoever takes it up tells that."""
+    started, heard, go = (tmp_path / name for name in ("started", "heard", "go"))
+    producer.arm("attempt:after-commit")
+    result = jobs.deaf_to_termination.delay("late", str(started), str(heard), str(go))
+    wait_for(started.exists, "the run to begin")
+    result.revoke(terminate=True)
+    wait_for(heard.exists, "the signal")
+    go.touch()
+    wait_for(lambda: not producer.is_armed("attempt:after-commit"), "the child to die")
+    assert producer.end_of(result, 30) == "heard nothing"
+    assert result.state == "SUCCESS"
+    assert producer.states_of("deaf-late") == [(result.id, "SUCCESS")]
+    wait_for(producer.is_quiet, "nothing to be left")
+
+
 @pytest.mark.xfail(
     strict=True,
     reason="revoke(terminate=True) of a job whose child comes to its end all the same: after the "

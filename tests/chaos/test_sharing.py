@@ -51,10 +51,6 @@ def test_a_stock_producer_feeds_a_fleet(producer: Producer, tmp_path: Path) -> N
     wait_for(producer.is_quiet, "nothing to be left")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a worker that doesn't know a task ends it as NotRegistered, though others know it",
-)
 def test_an_old_worker_leaves_a_new_task_to_the_new_one(tmp_path: Path) -> None:
     """A rolling upgrade mustn't lose what only the new nodes know."""
     from tests.newer_jobs import newer
