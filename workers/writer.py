@@ -36,9 +36,9 @@ NOTED_AFTER = 1.0
 """Seconds after which a job that still runs is in the journal."""
 _LARGEST_BATCH = 1000
 _GATHER = 0.003
-"""Seconds in which outcomes are gathered while they come one after the other."""
-_IDLE = 0.1
-"""Seconds after which a pause is one: the next outcome isn't kept waiting."""
+"""Seconds in which outcomes are gathered while many come."""
+_A_FEW = 4
+"""Orders, of which an outcome and the end of its claim are two."""
 
 
 class Results(Protocol):
@@ -161,12 +161,10 @@ class Writer:
     def _announce(self) -> None:
         is_last, gather = False, 0.0
         while not is_last:
-            taken: tuple[list[_Order], bool] = _all_of(self._orders, _IDLE, gather)
+            taken: tuple[list[_Order], bool] = _all_of(self._orders, None, gather)
             orders, is_last = taken
-            # The first after a pause goes at once; of those that follow it there are more to come.
-            gather = _GATHER if orders else 0.0
-            if not orders and not is_last:
-                continue
+            # A single one goes at once. When several came together, more are on their way.
+            gather = _GATHER if len(orders) > _A_FEW else 0.0
             outcomes = [order for order in orders if isinstance(order, Outcome)]
             decided = _Decided(orders, outcomes, [])
             if outcomes:
@@ -181,7 +179,7 @@ class Writer:
         while not is_last:
             # It wakes by itself, too: a job that runs on is to be noted.
             batch, is_last = _all_of(self._decided, NOTED_AFTER / 4, _GATHER if busy else 0.0)
-            busy = bool(batch)
+            busy = sum(len(decided.orders) for decided in batch) > _A_FEW
             orders = [order for decided in batch for order in decided.orders]
             work = _Work(
                 [outcome for decided in batch for outcome in decided.standing], self._notes(orders)
@@ -277,7 +275,7 @@ class Writer:
 
 
 def _all_of(
-    orders: queue.SimpleQueue[T | None], patience: float, gather: float
+    orders: queue.SimpleQueue[T | None], patience: float | None, gather: float
 ) -> tuple[list[T], bool]:
     """What is there, and whether that is the last of it; waits for the first, at most so long, and
     `gather` seconds for more.
