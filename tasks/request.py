@@ -82,6 +82,15 @@ def trace_job(name: str, task_id: str, *args: Any, **kwargs: Any) -> Traced:
     return failed, value, runtime, outcomes, kept.put
 
 
+def trace_early(*args: Any, **kwargs: Any) -> Traced:
+    """The same for a task that is acknowledged when it begins: its retry has no claim to go with,
+    and is sent.
+    """
+    with collected_outcomes() as outcomes:
+        failed, value, runtime = fast_trace_task(*args, **kwargs)
+    return failed, value, runtime, outcomes, None
+
+
 def _ends(failed: int, value: Any) -> bool:
     """Whether a task that has no outcome is over all the same, and won't be tried again."""
     if not failed:
@@ -165,7 +174,7 @@ class JobRequest(Request):  # type: ignore[misc]
             return None
         hard, soft = self.time_limits
         result = pool.apply_async(
-            trace_job,
+            trace_job if self.task.acks_late else trace_early,
             args=(
                 self.type,
                 self.id,
