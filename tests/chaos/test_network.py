@@ -143,3 +143,24 @@ def test_a_node_outlives_an_absent_redis_with_outcomes_to_tell(behind: Behind) -
     assert [result.get(timeout=30) for result in results] == [2 * n for n in range(600)]
     assert all(node.is_running for node in behind.producer.fleet.nodes)
     wait_for(behind.producer.is_quiet, "nothing to be left")
+
+
+def test_a_keyless_run_that_was_stopped_begins_again(behind: Behind, tmp_path: Path) -> None:
+    """Its node thought its lease lost, and stopped it; then the lease was renewed after all."""
+    go, traces, started = tmp_path / "go", tmp_path / "traces", tmp_path / "started"
+    traces.mkdir()
+    keyless = jobs.keyless_once.delay(str(traces), str(started), str(go))
+    wait_for(started.exists, "the run to begin")
+    started.unlink()
+    logs = [node.log for node in behind.producer.fleet.nodes]
+    behind.proxy.pause()
+    wait_for(
+        lambda: any("stopped, the lease is lost" in log.read_text() for log in logs),
+        "the run to be stopped",
+    )
+    behind.proxy.resume()
+    wait_for(started.exists, "the run to begin again", 20)
+    go.touch()
+    assert keyless.get(timeout=30) in {"node-1", "node-2"}
+    assert len(list(traces.iterdir())) == 2
+    wait_for(behind.producer.is_quiet, "nothing to be left")
