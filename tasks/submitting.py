@@ -170,6 +170,8 @@ class Submitter:
         self._composers: dict[tuple[str, str, bool], Compose] = {}
         self._telling: dict[str, tuple[str, Template]] = {}
         self._channel: ProducingChannel
+        self._errors: tuple[tuple[type[BaseException], ...], ...] = ((), ())
+        """What says that the connection was lost, and what else the broker may say."""
         self._tells = False
         self._retry_policy: dict[str, Any] | None = None
         self._origin = ""
@@ -188,7 +190,13 @@ class Submitter:
             return False
         conf = self._app.conf
         decided = (conf, *map(conf.changes.get, _DECIDES))
-        if decided != self._decided or self._app.pool is not self._pool or os.getpid() != self._pid:
+        if (
+            decided != self._decided
+            or self._app.pool is not self._pool
+            or os.getpid() != self._pid
+            # Whoever shares its connection, remote control say, found that lost and closed it.
+            or (self._is_plain and self._channel.closed)
+        ):
             self._decide(conf)
             self._decided, self._pool, self._pid = decided, self._app.pool, os.getpid()
         return self._is_plain and not self._app.backend.subscribes_on_call
@@ -216,6 +224,8 @@ class Submitter:
                 channel = producer.channel
             self._is_plain = isinstance(channel, ProducingChannel)
             self._channel = channel
+            transport = channel.connection
+            self._errors = transport.connection_errors, transport.channel_errors
 
     def _queue_named(self, name: Any) -> str | None:
         """The queue's name; None if Celery must find out where that is."""
@@ -427,17 +437,18 @@ class Submitter:
 
     def put(self, puts: Sequence[Put]) -> None:
         """Put them, and again after a lost connection, as the configuration says."""
-        transport = self._channel.connection
+        # It may be closed meanwhile, and has no transport then; it puts all the same.
+        channel, (lost, refused) = self._channel, self._errors
 
         def act() -> None:
-            self._channel.putter.put(puts, tell=self._tell)
+            channel.putter.put(puts, tell=self._tell)
 
         try:
             if self._retry_policy is None:
                 act()
             else:
-                retry_over_time(act, transport.connection_errors, **self._retry_policy)
-        except (*transport.connection_errors, *transport.channel_errors) as error:
+                retry_over_time(act, lost, **self._retry_policy)
+        except (*lost, *refused) as error:
             raise OperationalError(str(error)) from error
 
     def _tell(self, events: Sequence[str]) -> tuple[str, str]:

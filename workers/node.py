@@ -127,6 +127,10 @@ class WorkerNode:
             if request.key is None:
                 logger.error("%s[%s]: stopped, the lease is lost", request.name, request.id)
                 request.cancel(pool, signal="KILL", emit_retry=False)
+                # Should the lease live on after all, the next renewal doesn't name its claim, and
+                # it goes back. Named, it would be held for ever: nobody is left to end it.
+                request.settle()
+                self._claimant.forget(request.claim_id)
 
     def _aside(self, act: Callable[..., None], request: JobRequest, *arguments: Any) -> None:
         def run() -> None:

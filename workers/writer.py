@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import redis
 from celery.utils.log import get_logger
 
 from broker.claimant import Claimant, End
@@ -264,7 +265,7 @@ class Writer:
         while True:
             try:
                 act(subject)
-            except (CohortError, OSError, RuntimeError, ConnectionError) as error:
+            except (CohortError, OSError, RuntimeError, redis.RedisError) as error:
                 failures += 1
                 if failures in (1, 10) or failures % 100 == 0:
                     logger.error("could not %s, trying on: %s", what, error)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from kombu.exceptions import OperationalError
 
 from tests import sample_jobs as jobs
 from tests.fleets import wait_for
@@ -49,6 +51,16 @@ def test_a_healthy_job_outlives_its_connections(
     assert keyless.get(timeout=30) in {"node-1", "node-2"}
     assert len(list(traces.iterdir())) == 1
     wait_for(behind.producer.is_quiet, "nothing to be left")
+
+
+def test_a_producer_outlives_its_connections(behind: Behind) -> None:
+    """Whoever shares them may be the first to find them lost, and closes what submitting holds."""
+    for number in range(3):
+        behind.proxy.refuse()
+        with suppress(OperationalError):
+            behind.producer.app.send_task(jobs.plain_add.name, (1, 1), exchange="celery")
+        behind.proxy.accept()
+        assert jobs.add.delay(number, 1).get(timeout=30) == number + 1
 
 
 def test_a_slow_redis_is_slow_and_nothing_else(behind: Behind, tmp_path: Path) -> None:
@@ -116,11 +128,6 @@ def test_a_silence_longer_than_a_lease_costs_work_and_no_outcome(
     assert len(list(traces.iterdir())) in (1, 2)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="workers/writer.py catches the built-in ConnectionError where redis raises its own: "
-    "a thread of it ends, and the node with it",
-)
 def test_a_node_outlives_an_absent_redis_with_outcomes_to_tell(behind: Behind) -> None:
     results = [jobs.add.delay(n, n) for n in range(600)]
     wait_for(results[20].ready, "outcomes to flow")
@@ -135,4 +142,25 @@ def test_a_node_outlives_an_absent_redis_with_outcomes_to_tell(behind: Behind) -
         wait_for(waiting[0].ready, "outcomes to flow again", 20)
     assert [result.get(timeout=30) for result in results] == [2 * n for n in range(600)]
     assert all(node.is_running for node in behind.producer.fleet.nodes)
+    wait_for(behind.producer.is_quiet, "nothing to be left")
+
+
+def test_a_keyless_run_that_was_stopped_begins_again(behind: Behind, tmp_path: Path) -> None:
+    """Its node thought its lease lost, and stopped it; then the lease was renewed after all."""
+    go, traces, started = tmp_path / "go", tmp_path / "traces", tmp_path / "started"
+    traces.mkdir()
+    keyless = jobs.keyless_once.delay(str(traces), str(started), str(go))
+    wait_for(started.exists, "the run to begin")
+    started.unlink()
+    logs = [node.log for node in behind.producer.fleet.nodes]
+    behind.proxy.pause()
+    wait_for(
+        lambda: any("stopped, the lease is lost" in log.read_text() for log in logs),
+        "the run to be stopped",
+    )
+    behind.proxy.resume()
+    wait_for(started.exists, "the run to begin again", 20)
+    go.touch()
+    assert keyless.get(timeout=30) in {"node-1", "node-2"}
+    assert len(list(traces.iterdir())) == 2
     wait_for(behind.producer.is_quiet, "nothing to be left")

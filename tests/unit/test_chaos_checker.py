@@ -62,6 +62,11 @@ def good() -> History:
         Recorded("free", "SUCCESS", "x"),
         Recorded("free", "SUCCESS", "x"),
         Answered("free", "SUCCESS"),
+        # Revoked while it waited for the lock.
+        Submitted("waited", "a", True),
+        Revoked("waited"),
+        Recorded("waited", "REVOKED", "x"),
+        Answered("waited", "REVOKED"),
         # Its producer was told an error, and it is nowhere.
         Submitted("perhaps", "a", False),
         Answered("perhaps", "PENDING"),
