@@ -11,7 +11,7 @@ import os
 from typing import Any, Protocol
 from weakref import ref
 
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import Terminated, WorkerLostError
 from celery.app.trace import fast_trace_task
 from celery.exceptions import Reject, Retry, TaskRevokedError, TimeLimitExceeded
 from celery.signals import task_revoked
@@ -105,6 +105,8 @@ class JobRequest(Request):  # type: ignore[misc]
     """Celery's request, whose outcomes go through the node's writer."""
 
     child: Child | None = None
+    has_returned = False
+    """Whether the child has come to an end of its own: it may run another job by now."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Celery specialises these two in a subclass of its own, for speed; ours must win.
@@ -208,6 +210,7 @@ class JobRequest(Request):  # type: ignore[misc]
     def on_success(self, returned: Traced, **kwargs: Any) -> None:
         """The child has come to an end of its own: success, failure or retry."""
         failed, value, runtime, outcomes, retry = returned
+        self.has_returned = True
         self._end_with(failed, value, retry)
         if _node is not None:
             for outcome in outcomes:
@@ -254,7 +257,11 @@ class JobRequest(Request):  # type: ignore[misc]
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             error = self._worker_lost_info(error).exception
-        if isinstance(error, WorkerLostError) and _node is not None:
+        # Billiard marks the process: it may have been another job that was to be terminated.
+        stray = isinstance(error, Terminated) and not (
+            self._already_revoked or self._already_cancelled
+        )
+        if (stray or isinstance(error, WorkerLostError)) and _node is not None:
             if not self.acknowledged:
                 self.settle()
                 _node.end_lost(self, error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from errors import CohortError
 from storage.directory import conclude_for, conclusion_of
 from storage.log import Record, State
 from storage.worktree import WorkTree
-from tasks.request import JobRequest, has_processes
+from tasks.request import Child, JobRequest, has_processes
 from tasks.results import Outcome, committed_as
 from tasks.settings import Settings
 from workers.essential import essential_thread
@@ -171,7 +172,7 @@ class WorkerNode:
 
     def _end_child(self, request: JobRequest) -> None:
         child = request.child
-        if child is not None and not child.has_ended(self._settings.stop_grace):
+        if child is not None and not self._is_done(request, child):
             logger.warning("%s[%s]: killed after its grace", request.name, request.id)
             child.kill()
             child.has_ended(self._settings.stop_grace)
@@ -179,6 +180,17 @@ class WorkerNode:
             child.end_family(request.claim_id)
         if request.key is not None:
             WorkTree(self._settings.scratch, request.key, request.claim_id).remove()
+
+    def _is_done(self, request: JobRequest, child: Child) -> bool:
+        """Wait for the child's end, or until it has come to an end of this job of its own."""
+        ends = time.monotonic() + self._settings.stop_grace
+        while not request.has_returned:
+            left = ends - time.monotonic()
+            if child.has_ended(max(0.0, min(0.05, left))):
+                return True
+            if left <= 0:
+                return False
+        return True
 
     def _end_lost(self, request: JobRequest, error: BaseException) -> None:
         self._end_child(request)
