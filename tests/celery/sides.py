@@ -84,6 +84,8 @@ class Workers:
             words = ("-n", f"{name}@side", *words)
         if not any(word in ("-l", "--loglevel") for word in words):
             words = ("-l", "INFO", *words)
+        # What the stock app has in its settings: the comparison is of behaviour.
+        words = ("task.acks_late=1", "task.reject_on_worker_lost=1", *words)
         command = self.command("worker", *words)
         part = Part(name, command, environ, self.home / f"{name}.log", grace=5.0)
         self.parts[name] = part
