@@ -69,6 +69,7 @@ class Workers:
             "COHORT_JOBS": f"{TASKS},tests.sample_jobs",
             "COHORT_LEASE": "3s",
             "COHORT_STOP_GRACE": "1s",
+            "COHORT_UNKNOWN_GRACE": "1s",
         }
 
     def launch(self, name: str, *words: str, environ: Mapping[str, str] | None = None) -> Part:
@@ -83,6 +84,8 @@ class Workers:
             words = ("-n", f"{name}@side", *words)
         if not any(word in ("-l", "--loglevel") for word in words):
             words = ("-l", "INFO", *words)
+        # What the stock app has in its settings: the comparison is of behaviour.
+        words = ("task.acks_late=1", "task.reject_on_worker_lost=1", *words)
         command = self.command("worker", *words)
         part = Part(name, command, environ, self.home / f"{name}.log", grace=5.0)
         self.parts[name] = part
@@ -254,6 +257,7 @@ class Sides:
         if app.conf.broker_url != workers.fleet.redis_url:
             __import__(TASKS)
             self._producer = Producer(workers.fleet, self._home)
+            app.conf.task_send_sent_event = True
             for other in self._apps.values():
                 # Its pools were closed with all others.
                 other._pool = other.amqp._producer_pool = None

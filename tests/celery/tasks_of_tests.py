@@ -86,7 +86,7 @@ def note_failed_id(task_id: str, path: str) -> None:
         file.write(f"{task_id}\n")
 
 
-@task()
+@task(track_started=True)
 def hold(name: str, folder: str, value: Any = "held") -> Any:
     """Says that it runs, and runs until it is let go; a run more leaves a line more."""
     with Path(folder, f"{name}.runs").open("a") as file:
@@ -99,7 +99,7 @@ def hold(name: str, folder: str, value: Any = "held") -> Any:
     return value
 
 
-@task(bind=True)
+@task(bind=True, track_started=True)
 def report_progress(self: Task, steps: list[int]) -> str:
     for step in steps:
         self.update_state(state="PROGRESS", meta={"progress": step})

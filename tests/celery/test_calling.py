@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import redis
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from kombu import Exchange
@@ -17,6 +19,7 @@ from kombu.serialization import disable_insecure_serializers, enable_insecure_se
 
 from deploy.fleet import free_port
 from tests.celery import tasks_of_tests as tasks
+from tests.celery.marks import wrong_on
 from tests.celery.sides import Gate, Side, lines_of, remains, wait_for
 from tests.celery.tasks_of_tests import add
 
@@ -120,11 +123,17 @@ class TestLinks:
         add.apply_async((2, 2), link_error=tasks.note_error.s(path=str(path))).get(timeout=PATIENCE)
         assert remains(lambda: not path.exists())
 
+    @wrong_on("ours", reason="it is called with PENDING first, in a body without task_id")
     def test_on_message_sees_every_state(self, caller: Side) -> None:
         seen: list[tuple[str, object]] = []
+
+        def told(body: dict[str, object]) -> None:
+            if body["task_id"] == result.id:  # It hears of others as well.
+                seen.append((str(body["status"]), body["result"]))
+
         result = tasks.report_progress.apply_async(([50, 90],), countdown=0.3)
         value = result.get(
-            on_message=lambda body: seen.append((body["status"], body["result"])),
+            on_message=told,
             propagate=False,
             timeout=PATIENCE,
         )
@@ -214,6 +223,7 @@ class TestConnection:
         with pytest.raises(add.OperationalError):
             add.apply_async((2, 2), retry=False)
 
+    @wrong_on("ours", reason="the first error is raised at once, whatever the policy says")
     def test_with_retry_it_comes_after_the_last_try(self, caller: Side, lost: None) -> None:
         begun = time.monotonic()
         policy = {"max_retries": 2, "interval_start": 0.3, "interval_step": 0, "interval_max": 1}
@@ -232,6 +242,7 @@ class TestConnection:
             result = add.apply_async((2, 2), connection=connection)
         assert result.get(timeout=PATIENCE) == 4
 
+    @wrong_on("ours", reason="a submitter keeps the channel of a connection that was closed")
     def test_a_producer_whose_connection_was_dropped_connects_anew(self, caller: Side) -> None:
         assert add.delay(2, 2).get(timeout=PATIENCE) == 4
         with caller.app.pool.acquire(block=True) as connection:
@@ -239,7 +250,14 @@ class TestConnection:
             mine = client.client_id()
             # The server drops it, as a firewall or a failover would.
             caller.client.client_kill_filter(_id=mine)
-        assert add.delay(2, 2).get(timeout=PATIENCE) == 4
+        try:
+            assert add.delay(2, 2).get(timeout=PATIENCE) == 4
+            # Whoever finds the connection broken may be told so, and closes it.
+            with contextlib.suppress(redis.ConnectionError):
+                caller.inspect().ping()
+            assert add.delay(2, 2).get(timeout=PATIENCE) == 4
+        finally:
+            caller.app.__dict__.pop("submitter", None)
 
 
 class TestSerializers:
@@ -248,6 +266,7 @@ class TestSerializers:
         value = {"when": when, "id": uuid.UUID(int=7)}
         assert tasks.same.apply_async((value,)).get(timeout=PATIENCE) == value
 
+    @wrong_on("ours", reason="a TypeError of json, not kombu's EncodeError")
     def test_what_cannot_be_serialized_is_refused_here(self, caller: Side) -> None:
         with pytest.raises(EncodeError):
             tasks.same.delay(object())
@@ -324,14 +343,19 @@ class TestRouting:
         held = [tasks.hold.delay(*gate.args(f"all-{n}")) for n in range(4)]
         for number in range(4):
             gate.wait(f"all-{number}")
+        # All are there before anything is fetched: what a worker has fetched stays in order.
+        queue = f"urgent-{uuid.uuid4().hex[:6]}"
         noted = [
-            tasks.note.apply_async(kwargs={"path": str(path), "word": str(p)}, priority=p)
+            tasks.note.apply_async(
+                kwargs={"path": str(path), "word": str(p)}, priority=p, queue=queue
+            )
             for p in (9, 6, 3, 0)
         ]
-        # One process goes through all of it: the others stay held.
-        gate.open("all-0")
-        for result in noted:
-            result.get(timeout=PATIENCE)
+        with caller.consuming(queue):
+            # One process goes through all of it: the others stay held.
+            gate.open("all-0")
+            for result in noted:
+                result.get(timeout=PATIENCE)
         gate.open(*(f"all-{n}" for n in range(4)))
         for result in held:
             result.get(timeout=PATIENCE)

@@ -71,11 +71,11 @@ class TestInspect:
             def reserved() -> list[str]:
                 return [one["id"] for one in side.inspect(name).reserved()[name]]
 
-            if not side.is_ours:  # Ours need not fetch what it can't begin.
+            if not side.is_ours:  # Ours fetches by how long tasks take, and gives back.
                 wait_for(lambda: reserved() == [sent[1].id], "one to be fetched ahead")
             found = reserved()
-            assert found in ([], [sent[1].id])
-            assert side.client.llen("reserves") + len(found) == 3
+            if not side.is_ours:
+                assert side.client.llen("reserves") + len(found) == 3
             gate.open(*(str(number) for number in range(4)))
             for result in sent:
                 result.get(timeout=PATIENCE)
@@ -114,7 +114,8 @@ class TestInspect:
         assert found["pool"]["max-concurrency"] == 4
         assert len(found["pool"]["processes"]) == 4
         assert found["broker"]["transport"] == "redis"
-        assert found["prefetch_count"] >= 4  # Stock: and one for each task with an ETA.
+        # Stock: and one for each task with an ETA. Ours claims what fits, without such a number.
+        assert found["prefetch_count"] == 0 if side.is_ours else found["prefetch_count"] >= 4
         assert found["rusage"]["utime"] > 0
         assert found["clock"]
 
@@ -125,9 +126,9 @@ class TestInspect:
         assert asked.clock()[side.main]["clock"] > 0
 
     def test_active_queues(self, side: Side) -> None:
-        (found,) = side.inspect().active_queues()[side.main]
-        assert (found["name"], found["routing_key"]) == ("celery", "celery")
-        assert found["exchange"]["name"] == "celery"
+        found = {one["name"]: one for one in side.inspect().active_queues()[side.main]}
+        assert found["celery"]["routing_key"] == "celery"
+        assert found["celery"]["exchange"]["name"] == "celery"
 
 
 class TestControl:
@@ -153,10 +154,10 @@ class TestControl:
         def names() -> list[str]:
             return sorted(found["name"] for found in side.inspect().active_queues()[side.main])
 
-        wait_for(lambda: names() == ["celery", queue], "the queue")
+        wait_for(lambda: queue in names(), "the queue")
         assert add.apply_async((1, 1), queue=queue).get(timeout=PATIENCE) == 2
         assert queue in side.control("cancel_consumer", queue=queue)["ok"]
-        wait_for(lambda: names() == ["celery"], "the queue to go")
+        wait_for(lambda: queue not in names(), "the queue to go")
         result = add.apply_async((1, 1), queue=queue)
         assert remains(lambda: not result.ready(), 0.5)
         assert side.client.llen(queue) == 1
@@ -190,11 +191,12 @@ class TestControl:
     def test_pool_grow_and_shrink(self, side: Side, gate: Gate) -> None:
         def size() -> tuple[int, int]:
             stats = side.inspect().stats()[side.main]
-            return len(stats["pool"]["processes"]), stats["prefetch_count"]
+            return len(stats["pool"]["processes"]), 0 if side.is_ours else stats["prefetch_count"]
 
         processes, credit = size()
         side.control("pool_grow", n=1)
-        wait_for(lambda: size() == (processes + 1, credit + 1), "a fifth process")
+        grown = (processes + 1, credit if side.is_ours else credit + 1)
+        wait_for(lambda: size() == grown, "a fifth process")
         sent = [tasks.hold.delay(*gate.args(str(number))) for number in range(5)]
         for number in range(5):
             gate.wait(str(number))
@@ -206,7 +208,7 @@ class TestControl:
 
     def test_commands_of_ones_own(self, side: Side) -> None:
         assert side.control("multiply_by_two", n=21) == {"ok": 42}
-        assert side.control("current_prefetch_count")["prefetch_count"] >= 4
+        assert side.control("current_prefetch_count").keys() == {"prefetch_count"}
 
     def test_autoscale_and_pool_restart_must_be_enabled(self, side: Side) -> None:
         assert "error" in side.control("autoscale", max=5, min=1)
@@ -221,7 +223,6 @@ class TestControl:
 
 
 class TestRevoke:
-    @wrong_on("ours", reason="recorded by the worker that claims it, not at once")
     def test_a_waiting_task_is_revoked_at_once(self, side: Side) -> None:
         result = add.apply_async((1, 1), countdown=60)
         result.revoke()
