@@ -105,7 +105,7 @@ def with_cohort(url: str, folder: Path) -> Any:
         attempt=1,
         node="here",
         deadline=None,
-        log=logging.getLogger("benchmark"),
+        _log=lambda: logging.getLogger("benchmark"),
         _report=lambda progress: None,
         _is_cancelled=lambda: False,
     )

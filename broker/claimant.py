@@ -112,6 +112,7 @@ class Claimant:
         self._held: dict[str, _Held] = {}
         self._waiting: deque[_Waiting] = deque()
         self._starting = False
+        self._running = 0
         self.turns = 0
         """Counts what has begun or ended: there may be room again."""
         self._takes: dict[str, float] = {}
@@ -356,6 +357,7 @@ class Claimant:
             self.turns += 1
             self._room.hold(held.needs, -1)
             if held.runs:
+                self._running -= 1
                 self._room.run(held.needs, -1)
 
     def _start_waiting(self) -> None:
@@ -378,6 +380,7 @@ class Claimant:
                 if held is None or self._may_start(held):
                     if held is not None:
                         held.runs = True
+                        self._running += 1
                         self._room.run(held.needs)
                     return self._waiting.popleft().begin
             self._starting = False
@@ -386,8 +389,7 @@ class Claimant:
     def _may_start(self, held: _Held) -> bool:
         if held.claimed.settled:
             return True
-        running = sum(other.runs for other in self._held.values())
-        return running < self._slots() and self._room.fits_now(held.needs)
+        return self._running < self._slots() and self._room.fits_now(held.needs)
 
     # Ending.
 

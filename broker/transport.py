@@ -364,3 +364,24 @@ class Transport(stock.Transport):  # type: ignore[misc]
     """Kombu's Redis transport with Cohort's claims."""
 
     Channel = Channel
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """As kombu does it, except that a socket which the loop knows isn't told to it again at
+        each of its turns: two system calls a turn, and a turn or two a job.
+        """
+        before = set(loop.on_tick)
+        super().register_with_event_loop(connection, loop)
+        (stocks,) = set(loop.on_tick) - before
+        loop.on_tick.remove(stocks)
+        cycle, told = self.cycle, dict[int, Any]()
+
+        def on_poll_start() -> None:
+            cycle.on_poll_start()
+            # Known by the socket, not by its number, which another one may have by now.
+            sockets = {sock.fileno(): sock for sock in cycle._chan_to_sock.values()}
+            for number in cycle.fds:
+                if number not in loop.readers or told.get(number) is not sockets.get(number):
+                    loop.add_reader(number, self.on_readable, number)
+                    told[number] = sockets.get(number)
+
+        loop.on_tick.add(on_poll_start)

@@ -1,5 +1,7 @@
 """Which names may become a folder on the shared file system: of keys, tasks, claims, nodes."""
 
+import re
+
 from errors import InvalidKey, Refused
 
 MOST_BYTES = 200  # a file name holds 255; the rest is for what we append to it
@@ -15,6 +17,9 @@ def check_key(key: str) -> str:
     if reason:
         raise InvalidKey(f"job key {_shortened(key)} {reason}; a key is {RULE}")
     return key
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def check_name(kind: str, name: str) -> str:
@@ -44,7 +49,7 @@ def _what_is_wrong(name: str) -> str | None:
         return "contains '..'"
     if name.startswith("."):
         return "starts with '.'"
-    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
+    if _CONTROL.search(name):
         return "contains a control character"
     return None
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from errors import Damaged
@@ -58,8 +59,9 @@ class OutputLog:
 
     def __init__(self, root: Path | None, task_id: str, attempt: int, claim_id: str) -> None:
         """Without a shared folder (`root=None`) output goes nowhere."""
-        name = f"{attempt:04d}-{check_name('claim id', claim_id)}"
-        self.path = None if root is None else folder_of(root, task_id) / name
+        self._root = root
+        self._task_id = check_name("task id", task_id)
+        self._name = f"{attempt:04d}-{check_name('claim id', claim_id)}"
         self._waiting = bytearray()
         self._lost = 0
         self._file: int | None = None
@@ -68,6 +70,11 @@ class OutputLog:
         self._closed = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    @cached_property
+    def path(self) -> Path | None:
+        """Its file, which is there when something was said."""
+        return None if self._root is None else folder_of(self._root, self._task_id) / self._name
 
     @classmethod
     def nowhere(cls) -> OutputLog:

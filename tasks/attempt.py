@@ -177,6 +177,8 @@ def _call(task: JobTask, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any
     _refuse_if_dead(task)
     with enclosed(run.claim_id, task.definition.memory_limit):
         result = task.definition.function(run, *args, **kwargs)
+    if result is None or type(result) in (bool, int):
+        return result
     # What can't be recorded must fail before the commit, not after it.
     encoded = task.backend.encode(result)
     check_size(encoded)
@@ -288,7 +290,7 @@ def _run(
         attempt=_attempt_number(task),
         node=current().node,
         deadline=None if timeout is None else datetime.now(UTC) + timedelta(seconds=timeout),
-        log=RunLog(task.name, output),
+        _log=lambda: RunLog(task.name, output),
         _report=report,
         _is_cancelled=cancelled.is_set,
         output=output,

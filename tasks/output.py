@@ -35,13 +35,15 @@ class RunLog(logging.Logger):
             self.parent.callHandlers(record)
 
 
+_LINE = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+_LINE.converter = time.gmtime
+
+
 class _ToOutput(logging.Handler):
     def __init__(self, output: OutputLog) -> None:
         super().__init__()
         self._output = output
-        self.formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s")
-        self.formatter.datefmt = "%Y-%m-%dT%H:%M:%S"
-        self.formatter.converter = time.gmtime
+        self.formatter = _LINE
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -48,8 +48,7 @@ class Run:
     node: str
     deadline: datetime | None
     """When the job's timeout ends this attempt (UTC), or None."""
-    log: Logger
-    """Its messages are for `./cohort logs` as well."""
+    _log: Callable[[], Logger] = field(repr=False)
     _report: Callable[[Progress], None] = field(repr=False)
     _is_cancelled: Callable[[], bool] = field(repr=False)
     output: OutputLog = field(default_factory=OutputLog.nowhere, repr=False)
@@ -70,6 +69,11 @@ class Run:
         A job without a key finds an empty one, which goes with the run.
         """
         return self._place()
+
+    @cached_property
+    def log(self) -> Logger:
+        """Its messages are for `./cohort logs` as well."""
+        return self._log()
 
     def progress(self, done: float, total: float | None = None, unit: str = "") -> None:
         """Show how far the run is. Cheap to call often: reports are thinned out on the way."""

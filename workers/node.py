@@ -26,7 +26,8 @@ from errors import CohortError
 from storage.directory import conclude_for, conclusion_of
 from storage.log import Record, State
 from storage.worktree import WorkTree
-from tasks.request import Child, JobRequest, has_processes
+from tasks.family import Child
+from tasks.request import JobRequest, has_processes
 from tasks.results import Outcome, committed_as
 from tasks.settings import Settings
 from workers.essential import essential_thread

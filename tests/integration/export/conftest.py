@@ -145,7 +145,7 @@ class Exporter:
             attempt=1,
             node="node-1",
             deadline=None,
-            log=logging.getLogger("test"),
+            _log=lambda: logging.getLogger("test"),
             _report=report,
             _is_cancelled=cancelled,
         )
