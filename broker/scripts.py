@@ -190,6 +190,14 @@ class Scripts:
         (word,) = Putter(self.client).put([Put(list_name, queue, payload, "", due_ms)])
         return "delayed" if word == "delayed" else "queued"
 
+    def purge_delayed(self, queue: str) -> int:
+        """Remove what waits beside a queue until it is due. How many that was."""
+        with self.client.pipeline() as pipeline:
+            pipeline.zcard(keys.delayed(queue))
+            pipeline.delete(keys.delayed(queue))
+            count, _ = pipeline.execute()
+        return int(count)
+
     @cached_property
     def _requalify(self) -> Script:
         return self._script("requalify")

@@ -355,6 +355,11 @@ class Channel(ProducingChannel):
             _claimant.unanswered(self._asked)
         self._asked = None
 
+    def _purge(self, queue: str) -> int:
+        # With what waits beside it until it is due.
+        delayed = self._scripts.purge_delayed(queue)
+        return int(super()._purge(queue)) + delayed
+
     def close(self) -> None:
         super().close()
         self._drop_unanswered()

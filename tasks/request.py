@@ -265,6 +265,8 @@ class JobRequest(Request):  # type: ignore[misc]
             if not self.acknowledged:
                 self.settle()
                 _node.end_lost(self, error)
+            elif not self.task.acks_late:
+                super().on_failure(exc_info, send_failed_event, return_ok)
             return
         if isinstance(error, GoesBack):
             task_ready(self)

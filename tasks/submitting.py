@@ -23,7 +23,7 @@ from celery.app import amqp as celery_amqp
 from celery.utils.functional import maybe_list
 from celery.utils.nodenames import anon_nodename
 from celery.utils.saferepr import saferepr
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError, OperationalError
 from kombu.serialization import dumps as serialize
 from kombu.utils.functional import retry_over_time
 from kombu.utils.json import dumps
@@ -197,7 +197,12 @@ class Submitter:
             # Whoever shares its connection, remote control say, found that lost and closed it.
             or (self._is_plain and self._channel.closed)
         ):
-            self._decide(conf)
+            try:
+                self._decide(conf)
+            except OperationalError:
+                # Nobody is there. Celery's way knows how often to try, and what to say.
+                self._decided = ()
+                return False
             self._decided, self._pool, self._pid = decided, self._app.pool, os.getpid()
         return self._is_plain and not self._app.backend.subscribes_on_call
 
@@ -277,9 +282,16 @@ class Submitter:
             name = (task.name, queue, task.ignore_result)
             if name not in self._composers:
                 self._composers[name] = self._composer(task, merged, queue)
-            one = self._composers[name](task_id, args or (), kwargs or {}, about)
+            compose = self._composers[name]
         else:
-            one = self._composed(task.name, args or (), kwargs or {}, about, merged, queue)
+
+            def compose(task_id: str, args: Any, kwargs: Any, about: dict[str, Any]) -> Put:
+                return self._composed(task.name, args, kwargs, about, merged, queue)
+
+        try:
+            one = compose(task_id, args or (), kwargs or {}, about)
+        except (TypeError, ValueError) as error:
+            raise EncodeError(str(error)) from error
         if not retry.keep(task_id, one):
             if batch is None:
                 self.put([one])

@@ -89,6 +89,8 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
 
     def on_state_change(self, meta: Any, message: Any) -> None:
         """A task has changed its state."""
+        if "task_id" not in meta:
+            return  # What is looked up and has no state yet: Celery calls that one PENDING.
         self._heard += 1
         super().on_state_change(meta, message)
 

@@ -19,7 +19,6 @@ from kombu.serialization import disable_insecure_serializers, enable_insecure_se
 
 from deploy.fleet import free_port
 from tests.celery import tasks_of_tests as tasks
-from tests.celery.marks import wrong_on
 from tests.celery.sides import Gate, Side, lines_of, remains, wait_for
 from tests.celery.tasks_of_tests import add
 
@@ -123,7 +122,6 @@ class TestLinks:
         add.apply_async((2, 2), link_error=tasks.note_error.s(path=str(path))).get(timeout=PATIENCE)
         assert remains(lambda: not path.exists())
 
-    @wrong_on("ours", reason="it is called with PENDING first, in a body without task_id")
     def test_on_message_sees_every_state(self, caller: Side) -> None:
         seen: list[tuple[str, object]] = []
 
@@ -223,7 +221,6 @@ class TestConnection:
         with pytest.raises(add.OperationalError):
             add.apply_async((2, 2), retry=False)
 
-    @wrong_on("ours", reason="the first error is raised at once, whatever the policy says")
     def test_with_retry_it_comes_after_the_last_try(self, caller: Side, lost: None) -> None:
         begun = time.monotonic()
         policy = {"max_retries": 2, "interval_start": 0.3, "interval_step": 0, "interval_max": 1}
@@ -242,7 +239,6 @@ class TestConnection:
             result = add.apply_async((2, 2), connection=connection)
         assert result.get(timeout=PATIENCE) == 4
 
-    @wrong_on("ours", reason="a submitter keeps the channel of a connection that was closed")
     def test_a_producer_whose_connection_was_dropped_connects_anew(self, caller: Side) -> None:
         assert add.delay(2, 2).get(timeout=PATIENCE) == 4
         with caller.app.pool.acquire(block=True) as connection:
@@ -266,7 +262,6 @@ class TestSerializers:
         value = {"when": when, "id": uuid.UUID(int=7)}
         assert tasks.same.apply_async((value,)).get(timeout=PATIENCE) == value
 
-    @wrong_on("ours", reason="a TypeError of json, not kombu's EncodeError")
     def test_what_cannot_be_serialized_is_refused_here(self, caller: Side) -> None:
         with pytest.raises(EncodeError):
             tasks.same.delay(object())

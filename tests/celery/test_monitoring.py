@@ -14,7 +14,6 @@ import pytest
 import redis
 
 from tests.celery import tasks_of_tests as tasks
-from tests.celery.marks import wrong_on
 from tests.celery.sides import Gate, Side, remains, wait_for
 from tests.celery.tasks_of_tests import add
 
@@ -127,7 +126,6 @@ class TestCommands:
         with side.app.connection_for_write() as connection:
             assert side.app.amqp.queues.select_add(queue).bind(connection).purge() == 4
 
-    @wrong_on("ours", reason="what waits for its ETA in Redis isn't purged with its queue")
     def test_purge_takes_what_is_not_due_as_well(self, side: Side) -> None:
         queue = f"purged-{uuid.uuid4().hex[:6]}"
         result = add.apply_async((1, 1), queue=queue, countdown=0.5)

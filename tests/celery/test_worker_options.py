@@ -59,7 +59,6 @@ class TestLimits:
         assert result.get(timeout=20) == "survived"
 
     @pytest.mark.long
-    @wrong_on("ours", reason="no outcome: on_failure drops a lost task that was acknowledged")
     def test_a_lost_process_with_early_acknowledgement(self, side: Side) -> None:
         result = tasks.die_acknowledged.delay()
         with pytest.raises(WorkerLostError):
