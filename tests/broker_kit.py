@@ -376,8 +376,9 @@ def complain(picture: Picture, robbed: set[str]) -> Iterator[str]:
         if key not in picture.locks and key not in expected:
             yield f"{claim['task']} is parked for {key}, whose lock is free"
     running = {c["task"]: i for held in picture.claims.values() for i, c in held.items()}
-    if running != picture.claimed:
-        yield f"claimed are {running}, but {picture.claimed} are said to be"
+    said = {task: holder for task, holder in picture.claimed.items() if holder != "back"}
+    if running != said:
+        yield f"claimed are {running}, but {said} are said to be"
     counted = Counter(shape for shape, _ in picture.waiting)
     if counted != picture.shapes:
         yield f"{counted} wait, but {picture.shapes} are counted"
@@ -391,6 +392,8 @@ def complain(picture: Picture, robbed: set[str]) -> Iterator[str]:
             alive.add(json.loads(payload)["headers"]["id"])
     for payload in (m for waiting in picture.delayed.values() for m in waiting):
         alive.add(json.loads(payload)["headers"]["id"])
+    for task in picture.claimed.keys() - alive:
+        yield f"{task} is said to have come back, and is nowhere"
     for task in picture.deliveries.keys() - alive:
         yield f"lost deliveries are counted of {task}, which is nowhere"
     if picture.claims.keys() - picture.leases:

@@ -25,7 +25,7 @@ for at = 2, #ARGV, 4 do
     claim = raw and decode(raw) or claim
     local keyed = claim.key ~= '' and claim.settled == ''
     local holder = keyed and redis.call('HGET', K.locks, claim.key)
-    if redis.call('HEXISTS', K.claimed, task) == 1 or not (raw or emptied)
+    if (redis.call('HGET', K.claimed, task) or 'back') ~= 'back' or not (raw or emptied)
         or (holder and not (raw and holder == 'owed:' .. task)) then
         words[#words + 1] = 'taken'
     else

@@ -96,7 +96,9 @@ local function put_back(K, claims, id, lost)
     end
     local claim = decode(raw)
     redis.call('HDEL', claims, id)
-    redis.call('HDEL', K.claimed, claim.task)
+    -- It may have begun, and even have committed: nobody but a node that has read its log can say
+    -- that it never ran.
+    redis.call('HSET', K.claimed, claim.task, 'back')
     if lost then
         redis.call('HINCRBY', K.deliveries, claim.task, 1)
     end
