@@ -1,8 +1,8 @@
 """Dead letters: messages of tasks that nobody could bring to an end, and what is no task's message.
 
 One task has one outcome, and a dead letter's is recorded. So what is tried again is a new task,
-which says of which one it is the retry. The group of the old one has heard of its end and isn't told
-of the new one's; the `expires` that its producer gave no longer counts.
+which says of which one it is the retry. The group of the old one has heard of its end and isn't
+told of the new one's; the `expires` that its producer gave no longer counts.
 """
 
 from __future__ import annotations

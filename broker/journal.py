@@ -126,5 +126,5 @@ def pages(client: Any, name: bytes | str) -> Iterator[bytes]:
     # From the end at which claims take: what is pushed meanwhile shifts nothing past us unseen.
     end = -1
     while page := client.lrange(name, end - 999, end):
-        yield from page
+        yield from reversed(page)
         end -= 1000
