@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -14,10 +13,19 @@ from rich.console import Console
 
 from broker import deadletters, keys
 from broker.deadletters import DeadLetter
-from broker.needs import Needs, Room
 from broker.nodes import NodeInfo, list_nodes
-from broker.whereabouts import Found, Holder, find, holder_of
+from broker.whereabouts import Found, find, holder_of
 from deploy.connection import connected
+from deploy.waiting import (
+    facts_of,
+    facts_of_holder,
+    facts_of_place,
+    offers,
+    place,
+    told_of,
+    wanted,
+    when,
+)
 from errors import CohortError
 
 if TYPE_CHECKING:  # `tasks` reads the settings when it is imported: only in a command that runs.
@@ -97,7 +105,7 @@ class _Question:
             "queue": found.queue,
             "priority": found.priority,
             "key": found.key or None,
-            "needs": _facts_of(found.needs),
+            "needs": facts_of(found.needs),
         }
         if found.settled:
             says.append(f"it won't run: {found.settled}")
@@ -106,7 +114,7 @@ class _Question:
         if since is not None:
             says.append(
                 f"a node that doesn't know the task {found.task} has put it back; it is offered to "
-                f"the others from {_when(int(since))} on, for COHORT_UNKNOWN_GRACE"
+                f"the others from {when(int(since))} on, for COHORT_UNKNOWN_GRACE"
             )
         return Answer(found.where, says, {**common, **facts, "says": says})
 
@@ -137,7 +145,7 @@ class _Question:
         if letter is not None:
             facts["reason"] = letter.reason
             says.append(
-                f"it is a dead letter since {_when(letter.time_ms)}: {letter.reason}; see "
+                f"it is a dead letter since {when(letter.time_ms)}: {letter.reason}; see "
                 f"`./cohort dead show {self._id}`"
             )
         mark = self._client.hget(keys.SETTLED, self._id.encode("utf-8", "surrogateescape"))
@@ -165,7 +173,7 @@ class _Question:
             "node": node,
             "claim": found.claim_id,
             "node_is_live": live,
-            "since": None if begun is None else _when(int(begun * 1000)),
+            "since": None if begun is None else when(int(begun * 1000)),
         }
         if not live:
             says = [f"node {node} has it, but its lease has ended: it goes back within a lease"]
@@ -187,32 +195,32 @@ class _Question:
 
     def _parked(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
         holder = holder_of(self._client, found.key)
-        says = [f"it waits for the key {found.key}, {_told_of(holder)}", _place(found, "parked")]
-        return says, {"holder": _facts_of_holder(holder), **_facts_of_place(found)}
+        says = [f"it waits for the key {found.key}, {told_of(holder)}", place(found, "parked")]
+        return says, {"holder": facts_of_holder(holder), **facts_of_place(found)}
 
     def _waiting(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
-        says = [f"it waits for a node with {_wanted(found.needs)}"]
-        lines, offers = _offers(found.needs, nodes)
+        says = [f"it waits for a node with {wanted(found.needs)}"]
+        lines, offered = offers(found.needs, nodes)
         says += lines
         keeper = found.kept_by.rpartition(":")[0]
         if keeper:
             says.append(f"node {keeper} keeps room for it, and takes nothing else until then")
-        says.append(_place(found, "jobs that need the same"))
-        return says, {"nodes": offers, "kept_by": keeper or None, **_facts_of_place(found)}
+        says.append(place(found, "jobs that need the same"))
+        return says, {"nodes": offered, "kept_by": keeper or None, **facts_of_place(found)}
 
     def _ready(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
         why = f"the lock of {found.key} is its own" if found.key else "it came back from a node"
         says = [f"it is served before the queues, {why}; it waits for a node to take it"]
-        says.append(_place(found, "jobs that are served first"))
+        says.append(place(found, "jobs that are served first"))
         lines, facts = self._who_serves(found, nodes)
-        return says + lines, {**facts, **_facts_of_place(found)}
+        return says + lines, {**facts, **facts_of_place(found)}
 
     def _delayed(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
         seconds, _ = self._client.time()
         left = max(0, found.due_ms // 1000 - seconds)
-        says = [f"it waits until {_when(found.due_ms)}, {left:,} s from now"]
+        says = [f"it waits until {when(found.due_ms)}, {left:,} s from now"]
         lines, facts = self._ahead(found, nodes)
-        return says + lines, {"due": _when(found.due_ms), "seconds": left, **facts}
+        return says + lines, {"due": when(found.due_ms), "seconds": left, **facts}
 
     def _queued(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
         says = [
@@ -221,7 +229,7 @@ class _Question:
         ]
         served, facts = self._who_serves(found, nodes)
         lines, more = self._ahead(found, nodes)
-        return says + served + lines, {**_facts_of_place(found), **facts, **more}
+        return says + served + lines, {**facts_of_place(found), **facts, **more}
 
     def _ahead(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
         """What it will wait for then, as things are."""
@@ -229,12 +237,12 @@ class _Question:
         facts: dict[str, Any] = {}
         holder = holder_of(self._client, found.key) if found.key else None
         if holder is not None and holder.task_id != self._id:
-            says.append(f"then for the key {found.key}, {_told_of(holder)}")
-            facts["holder"] = _facts_of_holder(holder)
-        lines, offers = _offers(found.needs, nodes)
-        if nodes and not any(offer["could"] for offer in offers):
+            says.append(f"then for the key {found.key}, {told_of(holder)}")
+            facts["holder"] = facts_of_holder(holder)
+        lines, offered = offers(found.needs, nodes)
+        if nodes and not any(offer["could"] for offer in offered):
             says += lines
-            facts["nodes"] = offers
+            facts["nodes"] = offered
         return says, facts
 
     def _who_serves(
@@ -253,99 +261,3 @@ class _Question:
         if serving or len(asked) < len(live):
             return [], {"served_by": sorted(serving)}
         return [f"no node takes from the queue {found.queue}"], {"served_by": []}
-
-
-# Words.
-
-
-def _offers(needs: Needs, nodes: Sequence[NodeInfo]) -> tuple[list[str], list[dict[str, Any]]]:
-    """What each live node has of it: lines, and facts."""
-    says, facts = [], []
-    for node in nodes:
-        if not node.is_live:
-            continue
-        room = Room(node.cpus, node.memory, node.gpus, node.labels)
-        missing = sorted(needs.labels.difference(node.labels))
-        could = room.could_fit(needs)
-        spare = Needs(node.spare.cpus, node.spare.memory, node.spare.gpus)
-        what = [f"{_amounts(needs, spare)} to spare of {_amounts(needs, node)}"]
-        what += [f"no label {label}" for label in missing]
-        says.append(f"  node {node.node} {'has' if could else 'never can:'} {', '.join(what)}")
-        facts.append(
-            {
-                "node": node.node,
-                "could": could,
-                "total": {"cpus": node.cpus, "memory": node.memory, "gpus": node.gpus},
-                "spare": {"cpus": spare.cpus, "memory": spare.memory, "gpus": spare.gpus},
-                "missing_labels": missing,
-            }
-        )
-    if not facts:
-        says.append("no node is alive: none has a lease")
-    elif not any(offer["could"] for offer in facts):
-        says.insert(0, f"no node of the fleet can give it {_wanted(needs)}: start one that can")
-    return says, facts
-
-
-def _amounts(needs: Needs, has: Needs | NodeInfo) -> str:
-    """Of what is needed, how much there is."""
-    told = [f"{has.cpus} CPUs"] if needs.cpus else []
-    told += [_size(has.memory)] if needs.memory else []
-    told += [f"{has.gpus} GPUs"] if needs.gpus else []
-    return " and ".join(told) or f"{has.cpus} CPUs"
-
-
-def _wanted(needs: Needs) -> str:
-    told = [f"{needs.cpus} CPU{'s' * (needs.cpus != 1)}"] if needs.cpus else []
-    told += [_size(needs.memory)] if needs.memory else []
-    told += [f"{needs.gpus} GPU{'s' * (needs.gpus != 1)}"] if needs.gpus else []
-    told += [f"the label {label}" for label in sorted(needs.labels)]
-    return ", ".join(told) or "a free process"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _told_of(holder: Holder | None) -> str:
-    if holder is None:
-        return "which nobody holds now: it is about to go on"
-    if holder.member:
-        node = holder.member.rpartition(":")[0]
-        return f"which claim {holder.claim_id} of node {node} holds (task {holder.task_id})"
-    if holder.claim_id:
-        return f"which claim {holder.claim_id} holds, whose node has just left it"
-    return f"which is kept for task {holder.task_id}, the next to be taken"
-
-
-def _place(found: Found, among: str) -> str:
-    if among == "parked":
-        among = "jobs that wait for it"
-    return f"{found.before:,} before it, of {found.of:,} {among}"
-
-
-def _facts_of(needs: Needs) -> dict[str, Any]:
-    return {
-        "cpus": needs.cpus,
-        "memory": needs.memory,
-        "gpus": needs.gpus,
-        "labels": sorted(needs.labels),
-    }
-
-
-def _facts_of_holder(holder: Holder | None) -> dict[str, Any] | None:
-    if holder is None:
-        return None
-    return {
-        "task": holder.task_id or None,
-        "claim": holder.claim_id or None,
-        "node": holder.member.rpartition(":")[0] or None,
-    }
-
-
-def _facts_of_place(found: Found) -> dict[str, int]:
-    return {"before": found.before, "of": found.of}
-
-
-def _when(ms: int) -> str:
-    return datetime.fromtimestamp(ms // 1000, UTC).isoformat().replace("+00:00", "Z")
