@@ -161,14 +161,22 @@ def _retry(
         for one in done:
             print(f"{one['id']} is tried again as {one['new_id']}")
     for name in gone:
-        err.print(f"cohort: {name} was retried or dropped by another just now", highlight=False)
+        err.print(
+            f"cohort: {name} was retried or dropped by another just now",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 1 if gone else 0
 
 
 def _retries(letters: Sequence[DeadLetter], *, skip: bool, err: Console) -> Iterator[Retry]:
     for letter in letters:
         if skip and letter.message is None:
-            err.print(f"cohort: {letter.name} isn't a task's message: it stays", highlight=False)
+            err.print(
+                f"cohort: {letter.name} isn't a task's message: it stays",
+                highlight=False,
+                soft_wrap=True,
+            )
         else:
             yield deadletters.retry_of(letter)
 
@@ -192,7 +200,7 @@ def _drop(
             raise Refused(f"drop removes {count} for good: add --yes")
         err.print(f"Drop {count} for good? [y/N] ", end="", highlight=False, markup=False)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            err.print("nothing is dropped", highlight=False)
+            err.print("nothing is dropped", highlight=False, soft_wrap=True)
             return 1
     gone = deadletters.drop(client, letters)
     if options.json:
