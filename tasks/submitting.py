@@ -30,15 +30,7 @@ from kombu.utils.json import dumps
 from kombu.utils.uuid import uuid
 
 from broker import retry
-from broker.producing import (
-    A_SCRIPT,
-    ProducingChannel,
-    Put,
-    due_ms,
-    expires_of,
-    identity_of,
-    without_defaults,
-)
+from broker.producing import A_SCRIPT, ProducingChannel, Put, due_ms, identity_of, without_defaults
 from tasks.templates import Template, encoded
 
 if TYPE_CHECKING:
@@ -285,9 +277,7 @@ class Submitter:
         if parent and not merged.get("parent_id"):
             merged["parent_id"] = parent.request.id
 
-        # A task's own `expires` counts from when each of its jobs is submitted.
-        plain = options.keys() <= _SIMPLE and merged["shadow"] is None
-        if parent is None and plain and not merged.get("expires"):
+        if parent is None and options.keys() <= _SIMPLE and merged["shadow"] is None:
             # The usual `.delay()`: what it says beside its arguments, it said the last time.
             name = (task.name, queue, task.ignore_result)
             if name not in self._composers:
@@ -374,9 +364,7 @@ class Submitter:
             if event is not None:
                 said["clock"], said["timestamp"] = str(forward()), repr(time.time())
                 telling = event.filled(said)
-            expires = (task_id, one.expires[1]) if one.expires else None
-            identified = task_id + identity
-            return Put(one.list, one.queue, text, identified, one.due_ms, telling, expires)
+            return Put(one.list, one.queue, text, task_id + identity, one.due_ms, telling)
 
         return compose
 
@@ -444,7 +432,6 @@ class Submitter:
             identity_of(headers),
             due_ms(headers),
             dumps(event) if event else "",
-            expires_of(headers),
         )
 
     def _shown(self, arguments: Any) -> str:

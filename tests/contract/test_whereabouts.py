@@ -8,8 +8,9 @@ import pytest
 
 from broker import keys
 from broker.needs import Needs
+from broker.producing import Put
 from broker.whereabouts import Found, Holder, find, holder_of
-from tests.broker_kit import QUEUE, Broker, node_json
+from tests.broker_kit import QUEUE, Broker, message, node_json
 
 NODE = "n:1"
 SMALL = node_json((2, 10, 1), patience=0)
@@ -124,6 +125,33 @@ def test_among_many_it_tells_how_far_it_is(broker: Broker) -> None:
     assert at is not None
     assert at.before == 2500
     assert looked == [1000, 2000]
+
+
+def test_ready_in_the_order_in_which_they_are_served(broker: Broker) -> None:
+    ids = []
+    for task in ("last", "t", "first"):
+        broker.put(task)
+        ids.append(broker.take(NODE)[0])
+    for claim_id in ids:
+        broker.scripts.give_back(NODE, claim_id)
+    assert [found(broker, task).before for task in ("first", "t", "last")] == [0, 1, 2]
+    assert broker.drain(NODE) == ["first", "t", "last"]
+
+
+def test_one_that_is_put_again_where_was_looked_already(broker: Broker) -> None:
+    broker.put("t")
+    for number in range(1000):
+        broker.put(f"delayed-{number}", due_ms=broker.now_ms() + 60_000)
+    claim_id, _ = broker.take(NODE)
+    broker.client.hdel(keys.CLAIMED, "t")  # As if it had been taken a moment later.
+
+    def retry(count: int) -> None:
+        again = Put(QUEUE, QUEUE, message("t", tag="again"), "")
+        broker.scripts.requeue(NODE, claim_id, again)
+
+    at = find(broker.client, "t", retry)
+    assert at is not None
+    assert at.where == "queued"
 
 
 def test_one_that_moves_on_while_it_is_looked_for(broker: Broker) -> None:
