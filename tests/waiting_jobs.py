@@ -54,7 +54,7 @@ def note_the_end(run: Run, started: str, ended: str) -> None:
     Path(ended).write_text(str(time.time()))
 
 
-@app.task(bind=True, name="tests.waiting_jobs.try_again")  # type: ignore[untyped-decorator]
+@app.task(bind=True, acks_late=True, name="tests.waiting_jobs.try_again")  # type: ignore[untyped-decorator]
 def try_again(self: Any, traces: str) -> int:
     """Asks for another try, and its worker dies before it hears of that, once."""
     retries = int(self.request.retries)
