@@ -95,7 +95,9 @@ class _Question:
         if found is None:
             # It may have ended while we looked.
             state, result = self._state()
-            return self._ended(state, result, None) if state in _FINAL else self._nowhere(state)
+            if state in _FINAL:
+                return self._ended(state, result, None)
+            return self._acknowledged(state) or self._nowhere(state)
         nodes = list_nodes(self._client)
         tell = getattr(self, f"_{found.where}")
         says, facts = tell(found, nodes)
@@ -154,6 +156,16 @@ class _Question:
             says.append("its message still waits; the node that meets it drops it")
         return Answer("dead" if letter else "ended", says, {**facts, "says": says})
 
+    def _acknowledged(self, state: str) -> Answer | None:
+        """A plain task is acknowledged when it begins: Redis knows nothing of it any more."""
+        for worker, info in self._known_to(list_nodes(self._client)):
+            node, since = worker.rpartition("@")[2], _since(info)
+            says = [f"it runs on {worker}" + (f" since {since}" if since else "")]
+            says.append("it was acknowledged when it began: if that node dies, it is lost")
+            facts = {"state": state, "task": info.get("name"), "node": node, "since": since}
+            return Answer("running", says, {**facts, "says": says})
+        return None
+
     def _nowhere(self, state: str) -> Answer:
         says = [f"nobody knows {self._id}: it was never submitted here, or its outcome has expired"]
         if state != "PENDING":
@@ -168,30 +180,31 @@ class _Question:
     def _claimed(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
         node = found.member.rpartition(":")[0]
         live = any(f"{n.node}:{n.incarnation}" == found.member and n.is_live for n in nodes)
-        begun = self._begun(nodes) if live else None
+        since = None
+        for _, info in self._known_to(nodes) if live else ():
+            since = _since(info)
         facts = {
             "node": node,
             "claim": found.claim_id,
             "node_is_live": live,
-            "since": None if begun is None else when(int(begun * 1000)),
+            "since": since,
         }
         if not live:
             says = [f"node {node} has it, but its lease has ended: it goes back within a lease"]
-        elif begun is None:
+        elif since is None:
             says = [f"node {node} has claimed it (claim {found.claim_id}) and is about to begin"]
         else:
-            says = [f"it runs on node {node} since {facts['since']}"]
+            says = [f"it runs on node {node} since {since}"]
         return says, facts
 
-    def _begun(self, nodes: Sequence[NodeInfo]) -> float | None:
-        """When it was handed to a process, as its node says."""
+    def _known_to(self, nodes: Sequence[NodeInfo]) -> list[tuple[str, dict[str, Any]]]:
+        """Which workers say that they run it, and what else they say of it."""
         live = sum(node.is_live for node in nodes)
+        if not live:
+            return []
         asked = self._app.control.inspect(timeout=_ASKING, limit=live).query_task(self._id) or {}
-        for told in asked.values():
-            state, info = told.get(self._id, (None, {}))
-            if state == "active" and info.get("time_start"):
-                return float(info["time_start"])
-        return None
+        found = [(worker, told[self._id]) for worker, told in asked.items() if self._id in told]
+        return [(worker, info) for worker, (state, info) in found if state == "active"]
 
     def _parked(self, found: Found, nodes: Sequence[NodeInfo]) -> tuple[list[str], dict[str, Any]]:
         holder = holder_of(self._client, found.key)
@@ -261,3 +274,8 @@ class _Question:
         if serving or len(asked) < len(live):
             return [], {"served_by": sorted(serving)}
         return [f"no node takes from the queue {found.queue}"], {"served_by": []}
+
+
+def _since(info: dict[str, Any]) -> str | None:
+    begun = info.get("time_start")
+    return None if begun is None else when(int(begun * 1000))

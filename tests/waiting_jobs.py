@@ -54,6 +54,14 @@ def note_the_end(run: Run, started: str, ended: str) -> None:
     Path(ended).write_text(str(time.time()))
 
 
+@app.task(name="tests.waiting_jobs.plain_hold")  # type: ignore[untyped-decorator]
+def plain_hold(started: str, go: str) -> str:
+    """A plain task, acknowledged when it begins."""
+    Path(started).touch()
+    wait_for_file(go)
+    return "done"
+
+
 @app.task(bind=True, acks_late=True, name="tests.waiting_jobs.try_again")  # type: ignore[untyped-decorator]
 def try_again(self: Any, traces: str) -> int:
     """Asks for another try, and its worker dies before it hears of that, once."""

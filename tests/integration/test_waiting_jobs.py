@@ -116,6 +116,19 @@ def test_a_running_one_hears_of_it_within_a_second(producer: Producer, tmp_path:
     assert reason_of(result) == "terminated"
 
 
+def test_one_that_runs_is_left_alone_unless_it_is_to_be_terminated(
+    producer: Producer, tmp_path: Path
+) -> None:
+    started, go = tmp_path / "started", tmp_path / "go"
+    result = waiting_jobs.hold.delay("alone", str(started), str(go))
+    wait_for(started.exists, "the run")
+    result.revoke()
+    assert result.state == "PENDING"
+    go.touch()
+    assert result.get(timeout=20) == "node-1"
+    assert not producer.client.exists(keys.SETTLED)
+
+
 def test_skipped(producer: Producer, tmp_path: Path) -> None:
     holder = Holder(producer, tmp_path, "skip")
     skipped = waiting_jobs.skip.delay("skip")

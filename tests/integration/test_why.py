@@ -123,6 +123,17 @@ def test_what_runs_and_what_waits_for_its_key(
     producer.client.delete("elsewhere")
 
 
+def test_a_plain_task_that_runs(terminal: Terminal, tmp_path: Path) -> None:
+    started, go = tmp_path / "started", tmp_path / "go"
+    result = waiting_jobs.plain_hold.delay(str(started), str(go))
+    wait_for(started.exists, "the run")
+    answer = facts(terminal, "why", result.id)
+    assert (answer["where"], answer["node"]) == ("running", "node-1")
+    assert re.fullmatch(A_TIME, answer["since"])
+    go.touch()
+    assert result.get(timeout=20) == "done"
+
+
 def test_what_is_parked_behind_others(
     producer: Producer, terminal: Terminal, tmp_path: Path
 ) -> None:
