@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from broker import keys
-from broker.producing import Put, Putter, Word, identity_of
+from broker.producing import Put, Putter, Word, expires_of, identity_of
 from broker.scripts import Scripts
 
 
@@ -59,7 +59,8 @@ def note_of(queue: str, list_name: str, message: str | bytes, due_ms: int | None
 
 def put_once(scripts: Scripts, note: Note, keep: float) -> Word:
     """Put a noted job into its queue unless that was done before. Raises `BrokerFull`."""
-    one = Put(note.list, note.queue, note.message, _identity(note), note.due_ms)
+    expires = expires_of(json.loads(note.message)["headers"])
+    one = Put(note.list, note.queue, note.message, _identity(note), note.due_ms, expires=expires)
     return Putter(scripts.client).put([one], keep)[0]
 
 
@@ -77,46 +78,53 @@ def _identity(note: Note) -> str:
 
 
 def jobs_in_redis(client: Any) -> set[str]:
-    """The task ids of every job that is queued, waits, is owed a lock or is claimed.
+    """The task ids of every job that is queued, waits, is owed a lock or is claimed."""
+    return set(ids_in_redis(client))
+
+
+def ids_in_redis(client: Any) -> Iterator[str]:
+    """The same one after the other, some more than once.
 
     A job moves while this looks: from the queues into claims, and from there back to `ready`. So
     it looks in that order, and at `ready` twice. One that has ended meanwhile has an outcome.
     """
-    found: set[str] = set()
     for payload in _messages(client):
         try:
-            found.add(str(json.loads(payload)["headers"]["id"]))
+            yield str(json.loads(payload)["headers"]["id"])
         except (ValueError, TypeError, LookupError):
             continue
     for raw in _claims(client):
-        found.add(str(json.loads(raw)["task"]))
-    return found
+        yield str(json.loads(raw.partition(b"\0")[0])["task"])
 
 
 def _messages(client: Any) -> Iterator[bytes]:
     for name in client.scan_iter(_type="list", count=1000):
         if not name.startswith(keys.TAG.encode()):
-            yield from _pages(client, name)
+            yield from pages(client, name)
     for name in client.scan_iter(match=keys.delayed("*"), count=1000):
         for member, _ in client.zscan_iter(name, count=1000):
             yield member.partition(b"\0")[2]
 
 
 def _claims(client: Any) -> Iterator[bytes]:
-    yield from _pages(client, keys.READY)
-    for member, _ in client.zscan_iter(keys.PARKED, count=1000):
-        yield member.split(b"\0", 2)[2]
+    yield from _set_aside(client)
     for name in client.scan_iter(match=keys.claims("*"), count=1000):
         for _, claim in client.hscan_iter(name, count=1000):
             yield claim
-    yield from _pages(client, keys.READY)
-    for member, _ in client.zscan_iter(keys.PARKED, count=1000):
-        yield member.split(b"\0", 2)[2]
+    yield from _set_aside(client)
 
 
-def _pages(client: Any, name: bytes | str) -> Iterator[bytes]:
+def _set_aside(client: Any) -> Iterator[bytes]:
+    yield from pages(client, keys.READY)
+    for name in (keys.PARKED, keys.WAITING):
+        for member, _ in client.zscan_iter(name, count=1000):
+            yield member.split(b"\0", 2)[2]
+
+
+def pages(client: Any, name: bytes | str) -> Iterator[bytes]:
+    """Every element of a list, the last one first, a thousand at a time."""
     # From the end at which claims take: what is pushed meanwhile shifts nothing past us unseen.
     end = -1
     while page := client.lrange(name, end - 999, end):
-        yield from page
+        yield from reversed(page)
         end -= 1000

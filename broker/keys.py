@@ -35,6 +35,8 @@ CLAIMED = f"{TAG}claimed"
 """Hash: task id -> the claim id under which a node has it, or `back`: one had it, and it waits."""
 SETTLED = f"{TAG}settled"
 """Hash: task id -> when (ms) and why it got an outcome without having run: revoked, expired."""
+EXPIRING = f"{TAG}expiring"
+"""Sorted set: task id -> when it is over though it hasn't run, in ms of Redis time."""
 DEAD = f"{TAG}dead"
 """Hash: task id -> why and when it was dead-lettered (JSON), NUL, its message. What isn't a task's
 message stands there under `element-<hash>`."""
@@ -130,6 +132,7 @@ TABLE: tuple[KeyKind, ...] = (
     _ours(SPARE, "hash", "reap, leave"),
     _ours(CLAIMED, "hash", "finish, give back, reap", of_jobs=True),
     _ours(SETTLED, "hash", "finish; sweep, after a week"),
+    _ours(EXPIRING, "zset", "finish; the expiry, once it is due"),
     _ours(DEAD, "hash", "an operator"),
     _ours(own_bell("*"), "list", "the node that it wakes; reap, leave"),
     _ours(BELL, "list", "idle nodes; at most 100 rings"),

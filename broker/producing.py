@@ -52,6 +52,8 @@ class Put(NamedTuple):
     due_ms: int | None = None
     event: str = ""
     """What those who listen to events are told of it, as JSON; '' for nothing."""
+    expires: tuple[str, int] | None = None
+    """Its task id, and when it is over though it hasn't run, in ms since 1970."""
 
 
 Tell = Callable[[Sequence[str]], tuple[str, str]]
@@ -75,16 +77,25 @@ def mark_of(identity: str) -> tuple[str, bytes]:
 
 def due_ms(headers: Mapping[str, Any]) -> int | None:
     """When a message is due, in ms since 1970; None: at once."""
-    eta = headers.get("eta")
-    if not isinstance(eta, str):
+    return _ms(headers.get("eta"))
+
+
+def expires_of(headers: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Which task a message is of and when it expires, in ms since 1970; None: it doesn't."""
+    ends = _ms(headers.get("expires"))
+    return None if ends is None else (str(headers.get("id")), ends)
+
+
+def _ms(told: object) -> int | None:
+    if not isinstance(told, str):
         return None
     try:
-        due = datetime.fromisoformat(eta)
+        time = datetime.fromisoformat(told)
     except ValueError:
         return None  # Celery's worker says what is wrong with it.
-    if due.tzinfo is None:
-        due = due.replace(tzinfo=UTC)
-    return int(due.timestamp() * 1000)
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=UTC)
+    return int(time.timestamp() * 1000)
 
 
 _ABSENT: dict[str, Any] = {
@@ -169,9 +180,11 @@ class Putter:
         named = [name for place in places for name in (place[0], keys.delayed(place[1]))]
         events = [one.event for one in some if one.event]
         channel, telling = tell(events) if tell and events else ("", "")
+        expiring = [(at, *one.expires) for at, one in enumerate(some, 1) if one.expires]
         arguments: list[Any] = [len(places), int(keep * 1000), channel, telling, b"".join(entries)]
+        arguments.append(dumps(expiring) if expiring else "")
         arguments += [one.payload for one in some]
-        return self._run([keys.BELL, *named, *buckets], arguments)
+        return self._run([keys.BELL, keys.EXPIRING, *named, *buckets], arguments)
 
     def known(self, identities: Sequence[str]) -> list[bool]:
         """Which of these are remembered as put."""
@@ -251,7 +264,14 @@ class ProducingChannel(stock.Channel):  # type: ignore[misc]
             return
         message = {**message, "headers": without_defaults(headers)}
         list_name = self.list_for(queue, self._get_message_priority(message, reverse=False))
-        one = Put(list_name, queue, dumps(message), identity_of(headers), due_ms(headers))
+        one = Put(
+            list_name,
+            queue,
+            dumps(message),
+            identity_of(headers),
+            due_ms(headers),
+            expires=expires_of(headers),
+        )
         if retry.keep(str(headers.get("id")), one):
             return
         about = headers["cohort"]

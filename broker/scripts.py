@@ -250,7 +250,7 @@ class Scripts:
         words: list[Any] = []
         for at in range(0, len(claim_ids), _A_SCRIPT):
             words += self._finish(
-                keys=[*_end_keys(member), keys.own_bell(member), keys.SETTLED],
+                keys=[*_end_keys(member), keys.own_bell(member), keys.SETTLED, keys.EXPIRING],
                 args=list(claim_ids[at : at + _A_SCRIPT]),
             )
         return [word.decode() for word in words]
@@ -262,8 +262,13 @@ class Scripts:
     def requeue(self, member: str, claim_id: str, put: Put) -> Literal["finished", "superseded"]:
         """Acknowledge a claim and put its task's next try, in one step."""
         word: bytes = self._requeue(
-            keys=[*_end_keys(member), put.list, keys.delayed(put.queue)],
-            args=[claim_id, put.payload, "" if put.due_ms is None else put.due_ms],
+            keys=[*_end_keys(member), put.list, keys.delayed(put.queue), keys.EXPIRING],
+            args=[
+                claim_id,
+                put.payload,
+                "" if put.due_ms is None else put.due_ms,
+                put.expires[1] if put.expires else "",
+            ],
         )
         return word.decode()  # type: ignore[return-value]
 
@@ -273,7 +278,9 @@ class Scripts:
 
     def bury(self, member: str, claim_id: str, reason: str) -> Literal["finished", "superseded"]:
         """Acknowledge a claim and keep its message among the dead letters."""
-        word: bytes = self._bury(keys=[*_end_keys(member), keys.DEAD], args=[claim_id, reason])
+        word: bytes = self._bury(
+            keys=[*_end_keys(member), keys.DEAD, keys.EXPIRING], args=[claim_id, reason]
+        )
         return word.decode()  # type: ignore[return-value]
 
     @cached_property
@@ -318,6 +325,28 @@ class Scripts:
     def unsettle(self, task_id: str) -> None:
         """It had ended before."""
         self.client.hdel(keys.SETTLED, task_id)
+
+    @cached_property
+    def _expired(self) -> Script:
+        return self._script("expired")
+
+    def expired(self, tasks: Sequence[tuple[str, int]]) -> int:
+        """What expired then (ms) has been seen to, unless it was given more time. How many went."""
+        arguments = [argument for task in tasks for argument in task]
+        return int(self._expired(keys=[keys.EXPIRING], args=arguments))
+
+    @cached_property
+    def _retry_dead(self) -> Script:
+        return self._script("retry_dead")
+
+    def retry_dead(
+        self, task_id: str, letter: bytes, list_name: str, message: str
+    ) -> Literal["retried", "gone"]:
+        """Put a dead letter's new message into its list, if that letter is still there."""
+        word: bytes = self._retry_dead(
+            keys=[keys.DEAD, list_name, keys.BELL], args=[task_id, letter, message]
+        )
+        return word.decode()  # type: ignore[return-value]
 
     @cached_property
     def _give_back(self) -> Script:

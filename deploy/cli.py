@@ -1,4 +1,5 @@
-"""The commands `up`, `nodes`, `doctor`, `submit`, `logs`, `dir`, `gc` and those of outcomes.
+"""The commands `up`, `nodes`, `doctor`, `submit`, `logs`, `why`, `dead`, `dir`, `gc` and those of
+outcomes.
 
 Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 the command line is wrong,
 130 interrupted.
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from broker import server
 from broker.nodes import list_nodes
-from deploy import directories, garbage, logs, outcomes, state, submit
+from deploy import dead, directories, garbage, logs, outcomes, state, submit, why
 from errors import CohortError, Refused, Unavailable
 from storage.lateness import PATIENCE
 
@@ -132,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
 
     submit.add_parser(commands).set_defaults(run=_submit)
     logs.add_parser(commands).set_defaults(run=_logs)
+    why.add_parser(commands).set_defaults(run=_why)
+    dead.add_parser(commands).set_defaults(run=_dead)
     directories.add_parser(commands).set_defaults(run=_dir)
     garbage.add_parser(commands).set_defaults(run=_gc)
     outcomes.add_commands(commands, _join_fleet)
@@ -225,6 +228,17 @@ def _logs(options: argparse.Namespace) -> int:
     if settings.root is None:
         raise Refused("COHORT_ROOT isn't set: logs are on the shared folder")
     return logs.run(options, settings.root, app)
+
+
+def _why(options: argparse.Namespace) -> int:
+    settings = _join_fleet_anew()
+    from tasks import app
+
+    return why.run(options, settings, app, Console(stderr=True))
+
+
+def _dead(options: argparse.Namespace) -> int:
+    return dead.run(options, _join_fleet_anew(), Console(stderr=True))
 
 
 def _dir(options: argparse.Namespace) -> int:

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import redis
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from broker import server
 from broker.index import Index
 from broker.scripts import Scripts
-from errors import SettingsError, Unavailable
+from deploy.connection import connected
+from errors import SettingsError
 
 if TYPE_CHECKING:  # `tasks` reads the settings when it is imported: only in a command that runs.
     from tasks.recovery import Read
@@ -62,7 +61,7 @@ def run_reindex(options: Namespace, settings: Settings) -> int:
 
     out, err = Console(), Console(stderr=True)
     root = _root(settings)
-    with _redis(settings) as client, _progress(err, "reading outcomes") as shown:
+    with connected(settings) as client, _progress(err, "reading outcomes") as shown:
         index = Index(client)
         report = recovery.reindex(root, index, shown)
         index.refilled()
@@ -84,7 +83,7 @@ def run_recover(options: Namespace, settings: Settings) -> int:
 
     err = Console(stderr=True)
     root = _root(settings)
-    with _redis(settings) as client, _progress(err, "reading the journal") as shown:
+    with connected(settings) as client, _progress(err, "reading the journal") as shown:
         scripts = Scripts(client)
         report = recovery.recover(
             root, scripts, settings.journal_keep, dry_run=options.dry_run, progress=shown
@@ -109,21 +108,6 @@ def _root(settings: Settings) -> Path:
     if not settings.root.is_dir():
         raise SettingsError(f"COHORT_ROOT: {settings.root} is no folder")
     return settings.root
-
-
-@contextmanager
-def _redis(settings: Settings) -> Iterator[redis.Redis]:
-    client = server.connect(settings.redis)
-    try:
-        server.check(client, settings.redis)
-        yield client
-    except redis.ConnectionError as error:
-        raise Unavailable(
-            f"Redis at {server.without_password(settings.redis)} doesn't answer: "
-            f"{type(error).__name__}"
-        ) from None
-    finally:
-        client.close()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from broker import server
 from broker.leader import Leadership
 from broker.scripts import Scripts
 from errors import CohortError
+from scheduler.expiry import PACE, Expiry
 from scheduler.reaper import Reaper
 from scheduler.recovery import Recovery
 from tasks.settings import current
@@ -38,6 +39,12 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._reaper = Reaper(scripts, settings.lease, pace)
         self._stopped = threading.Event()
         self._begin("cohort-duties", self._run)
+        self._expiry = Expiry(
+            # Its own as well: many that expire at once are no reason to reap late.
+            Scripts(server.connect(settings.redis, timeout=max(1.0, settings.lease / 4))),
+            lambda task_id, reason: worker.app.backend.settle(task_id, reason),
+        )
+        self._begin("cohort-expiry", self._run_expiry)
         if settings.root is not None:
             self._recovery = Recovery(
                 # Its own connection: reading a folder of millions must not hold the reaper up.
@@ -64,6 +71,13 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
                     self._reaper.watch()
             except (redis.RedisError, OSError) as error:
                 logger.warning("the duties wait for Redis: %s", error)
+
+    def _run_expiry(self) -> None:
+        while not self._stopped.wait(PACE):
+            try:
+                self._expiry.run_once()
+            except (redis.RedisError, OSError, CohortError) as error:
+                logger.warning("what expires waits for Redis: %s", error)
 
     def _run_recovery(self) -> None:
         while True:

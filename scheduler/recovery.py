@@ -8,7 +8,7 @@ from pathlib import Path
 
 from celery.utils.log import get_logger
 
-from broker import nodes
+from broker import nodes, settled
 from broker.index import Index
 from broker.leader import Leadership
 from broker.scripts import Scripts
@@ -85,6 +85,8 @@ class Recovery:
         for name in drop_expired(self._root, self._index, self._keep):
             logger.info("segment %s has expired", name)
         for _ in self._index.sweep():
+            self._lead_on(0, 0)
+        for _ in settled.sweep(self._scripts.client, self._keep):
             self._lead_on(0, 0)
 
     def _lives(self) -> set[str]:

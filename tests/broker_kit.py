@@ -287,7 +287,7 @@ def look(client: Any, queues: Sequence[str]) -> Picture:
     lists = {name for name, _ in lists_of(*queues)}
     delayed = {keys.delayed(queue) for queue in queues}
     others = {keys.SEQUENCE, keys.DEAD, keys.BELL, keys.FLEET, keys.SEGMENTS, keys.GENERATION}
-    others |= {keys.SPARE, keys.RESERVED, keys.SETTLED, keys.BIRTH}
+    others |= {keys.SPARE, keys.RESERVED, keys.SETTLED, keys.BIRTH, keys.EXPIRING}
     # Kombu's own: bindings of exchanges, and what a stock consumer holds.
     # The index of outcomes, and marks of what was put once, have tests of their own.
     elsewhere = (keys.outcomes(0)[:-4], keys.submitted(0)[:-4])

@@ -17,6 +17,7 @@ from celery.utils.objects import Bunch
 from celery.worker.consumer import Consumer
 
 from broker.claimant import Claimant
+from broker.deadletters import UNKNOWN_SINCE
 from broker.producing import Put
 from broker.scripts import Claimed
 from broker.transport import current_claimant
@@ -25,8 +26,6 @@ from tasks.settings import current
 logger = get_logger(__name__)
 
 _OFFERED_AGAIN_MS = 2000
-SINCE = "cohort_unknown"
-"""Header: since when the task is known to be unknown to some node, in ms since the epoch."""
 
 
 class FleetConsumer(Consumer):  # type: ignore[misc]
@@ -40,7 +39,7 @@ class FleetConsumer(Consumer):  # type: ignore[misc]
             super().on_unknown_task(body, message, exc)
             return
         now = int(time.time() * 1000)
-        since = int(message.headers.get(SINCE) or now)
+        since = int(message.headers.get(UNKNOWN_SINCE) or now)
         if now - since < current().unknown_grace * 1000:
             logger.warning("task %s isn't known here; it is offered again", message.headers["task"])
             claimed = claimant.claimed(claim_id)
@@ -52,7 +51,7 @@ class FleetConsumer(Consumer):  # type: ignore[misc]
 
     def _offer_again(self, claimant: Claimant, claimed: Claimed, since: int, due_ms: int) -> None:
         message = json.loads(claimed.payload)
-        message["headers"][SINCE] = since
+        message["headers"][UNKNOWN_SINCE] = since
         put = Put(claimed.list_name, claimed.queue, json.dumps(message), "", due_ms)
         try:
             claimant.finish_now([claimed.claim_id], put)

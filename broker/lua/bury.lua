@@ -8,12 +8,13 @@
 --       bell        list        wakes idle nodes                     the woken
 --       claimed     hash        task id -> claim id                  finish, put back
 --       dead        hash        task id -> why and when, NUL, the message   an operator
+--       expiring    sorted set  task id -> when it is over, in ms    finish, the expiry
 -- ARGV  claim id, why
 -- Returns 'finished', or 'superseded': the claim was reaped, another delivery decides.
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
-    bell = KEYS[6], claimed = KEYS[7], dead = KEYS[8],
+    bell = KEYS[6], claimed = KEYS[7], dead = KEYS[8], expiring = KEYS[9],
 }
 local id, reason = ARGV[1], ARGV[2]
 local raw = redis.call('HGET', K.claims, id)
@@ -27,6 +28,7 @@ redis.call('HSET', K.dead, claim.task, cjson.encode({
     reason = reason, time = string.format('%d', now_ms()), queue = claim.queue, list = claim.list,
     lost = redis.call('HGET', K.deliveries, claim.task) or '0' }) .. '\0' .. claim.payload)
 redis.call('HDEL', K.deliveries, claim.task)
+redis.call('ZREM', K.expiring, claim.task)
 if claim.key ~= '' and claim.settled == '' then
     let_go(K, claim.key, id)
 end

@@ -2,6 +2,7 @@
 -- put before, under the same mark, isn't put again.
 --
 -- KEYS  bell     list        wakes idle nodes                          the woken
+--       expiring sorted set  task id -> when it is over, in ms         finish, the expiry
 --       then for each place
 --       list     list        the queue, at the messages' priority      claim pops
 --       delayed  sorted set  the queue's messages by due time          claim moves on
@@ -9,10 +10,11 @@
 --       marks    hash        mark -> when it is forgotten, in seconds  put; it expires
 -- ARGV  number of places, how long a mark is kept in ms; the channel of events, '' for none, and
 --       what is told there; packed for each message: its mark (10 bytes, all zero for none), its
---       place, when it is due in ms (0: now); then the messages
+--       place, when it is due in ms (0: now); '' or, as JSON, {number, task id, ms} of each message
+--       that expires; then the messages
 -- Returns for each message 'queued', 'delayed' or 'there'.
 
-local K = { bell = KEYS[1] }
+local K = { bell = KEYS[1], expiring = KEYS[2] }
 local places, keep, packed = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[5]
 local now = now_ms()
 local seconds = math.floor(now / 1000)
@@ -47,8 +49,8 @@ local function was_put(marks, mark)
     return false
 end
 
-local reply, next_marks, queued, new = {}, 2 + 2 * places, 0, 0
-for i = 1, #ARGV - 5 do
+local reply, next_marks, queued, new = {}, 3 + 2 * places, 0, 0
+for i = 1, #ARGV - 6 do
     local mark, place, due, there = struct.unpack('<c10Bd', packed, 19 * (i - 1) + 1)
     if mark ~= unmarked then
         there = was_put(KEYS[next_marks], mark)
@@ -56,17 +58,25 @@ for i = 1, #ARGV - 5 do
     else
         there = false
     end
-    local list = KEYS[2 + 2 * place]
+    local list = KEYS[3 + 2 * place]
     new = new + (there and 0 or 1)
     if there then
         reply[i] = 'there'
     elseif due > now then
-        redis.call('ZADD', KEYS[3 + 2 * place], due, list .. '\0' .. ARGV[i + 5])
+        redis.call('ZADD', KEYS[4 + 2 * place], due, list .. '\0' .. ARGV[i + 6])
         reply[i] = 'delayed'
     else
-        redis.call('LPUSH', list, ARGV[i + 5])
+        redis.call('LPUSH', list, ARGV[i + 6])
         reply[i] = 'queued'
         queued = queued + 1
+    end
+end
+
+if ARGV[6] ~= '' then
+    for _, one in ipairs(cjson.decode(ARGV[6])) do
+        if reply[one[1]] ~= 'there' then
+            redis.call('ZADD', K.expiring, one[3], one[2])
+        end
     end
 end
 

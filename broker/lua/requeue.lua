@@ -9,14 +9,15 @@
 --       claimed     hash        task id -> claim id                  finish, put back
 --       list        list        the queue, at the message's priority claim pops
 --       delayed     sorted set  the queue's messages by due time     claim moves on
--- ARGV  claim id, message, due time in ms or ''
+--       expiring    sorted set  task id -> when it is over, in ms    finish, the expiry
+-- ARGV  claim id, message, due time in ms or '', when it expires in ms or '' for as before
 -- Returns 'finished', or 'superseded': the claim was reaped, another delivery decides.
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
-    bell = KEYS[6], claimed = KEYS[7], list = KEYS[8], delayed = KEYS[9],
+    bell = KEYS[6], claimed = KEYS[7], list = KEYS[8], delayed = KEYS[9], expiring = KEYS[10],
 }
-local id, message, due = ARGV[1], ARGV[2], ARGV[3]
+local id, message, due, expires = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local raw = redis.call('HGET', K.claims, id)
 if not raw then
     return 'superseded'
@@ -30,6 +31,9 @@ if due ~= '' and tonumber(due) > now_ms() then
 else
     redis.call('LPUSH', K.list, message)
     ring(K)
+end
+if expires ~= '' then
+    redis.call('ZADD', K.expiring, expires, claim.task)
 end
 if claim.key ~= '' and claim.settled == '' then
     let_go(K, claim.key, id)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -546,3 +547,32 @@ class TestGroups:
             assert isinstance(producer, Batch)
             producer.publish({"plain": 1}, routing_key="plain")
         assert len(queues.messages("plain")) == 1
+
+
+class TestItExpires:
+    """Such a job goes Celery's way. Whoever says so: the call or the task."""
+
+    @staticmethod
+    def expiring(queues: Queues) -> dict[str, float]:
+        found = queues.client.zrange(keys.EXPIRING, 0, -1, withscores=True)
+        return {name.decode(): ends / 1000 for name, ends in found}
+
+    def test_as_the_call_says(self, add: JobTask, queues: Queues) -> None:
+        before = time.time()
+        result = add.apply_async((1,), expires=60)
+        add.apply_async((1,))
+        ((task_id, ends),) = self.expiring(queues).items()
+        assert task_id == result.id
+        assert 59 < ends - before < 62
+
+    def test_many(self, add: JobTask, queues: Queues) -> None:
+        results = group(add.s(n).set(expires=60) for n in range(3)).apply_async()
+        assert set(self.expiring(queues)) == {result.id for result in results.children}
+
+    def test_a_tasks_own_counts_from_each_submission(self, app: App, queues: Queues) -> None:
+        @app.task(name="tests.brief", expires=60)  # type: ignore[untyped-decorator]
+        def brief() -> None: ...
+
+        first, second = brief.delay(), brief.delay()
+        ends = self.expiring(queues)
+        assert ends[first.id] < ends[second.id]
