@@ -31,6 +31,12 @@ def seen_to(scripts: Scripts, tasks: list[tuple[str, int]]) -> int:
     return scripts.expired(tasks)
 
 
+def some(client: Any, cursor: int) -> tuple[int, list[str]]:
+    """Some settled tasks, and where to go on; 0 is the beginning and the end."""
+    cursor, marks = client.hscan(keys.SETTLED, cursor, count=A_STEP)
+    return cursor, [name.decode("utf-8", "surrogateescape") for name in marks]
+
+
 def sweep(client: Any, keep: float) -> Iterator[int]:
     """Take out marks older than `keep` seconds of what waits nowhere, in bounded steps: how many
     went with each. The others are looked at again after the same time.

@@ -43,6 +43,7 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
             # Its own as well: many that expire at once are no reason to reap late.
             Scripts(server.connect(settings.redis, timeout=max(1.0, settings.lease / 4))),
             lambda task_id, reason: worker.app.backend.settle(task_id, reason),
+            lambda task_ids: worker.app.backend.write_down(task_ids),
         )
         self._begin("cohort-expiry", self._run_expiry)
         if settings.root is not None:

@@ -170,6 +170,24 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
         super().mark_as_revoked(task_id, reason, None, True)
         return True
 
+    def write_down(self, task_ids: Sequence[str]) -> int:
+        """In a worker: have those of these outcomes written that Redis alone knows. How many."""
+        places = self.index.find_many(task_ids)
+        undone = [
+            task_id
+            for task_id, placed in zip(task_ids, places, strict=True)
+            if placed is not None and placed.segment == 0
+        ]
+        if not undone or _record is None:
+            return 0
+        names = [self.get_key_for_task(task_id) for task_id in undone]
+        for task_id, name, meta in zip(undone, names, self.client.mget(names), strict=True):
+            if meta is not None:
+                state = str(self.decode_result(meta)["status"])
+                expires = float(self.expires or 0)
+                _record(Outcome(task_id, state, name.decode(), meta, expires, is_elsewhere(meta)))
+        return len(undone)
+
     def announce(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The node's writer: decide and publish. What is to be written, which may be the outcome
         of an earlier run whose node died before it had written it.

@@ -100,7 +100,7 @@ class TestDuty:
         put(broker, "delayed", now - 1, due_ms=now + 60_000)
         put(broker, "later", now + 60_000)
         settling = Settling(broker)
-        assert Expiry(broker.scripts, settling).run_once() == 2
+        assert Expiry(broker.scripts, settling, lambda task_ids: None).run_once() == 2
         assert sorted(settling.told) == [
             ("delayed", "expired", "settled"),
             ("queued", "expired", "settled"),
@@ -113,7 +113,7 @@ class TestDuty:
         put(broker, "t", broker.now_ms() - 1)
         broker.take(NODE)
         settling = Settling(broker)
-        Expiry(broker.scripts, settling).run_once()
+        Expiry(broker.scripts, settling, lambda task_ids: None).run_once()
         assert settling.told == [("t", "expired", "running")]
         assert expiring(broker) == {}
         assert not broker.client.exists(keys.SETTLED)
@@ -122,7 +122,7 @@ class TestDuty:
         for number in range(450):
             put(broker, f"t{number}", number + 1)
         settling = Settling(broker)
-        assert Expiry(broker.scripts, settling).run_once() == 450
+        assert Expiry(broker.scripts, settling, lambda task_ids: None).run_once() == 450
         assert [task for task, *_ in settling.told] == [f"t{number}" for number in range(450)]
         assert expiring(broker) == {}
 
@@ -136,7 +136,7 @@ class TestDuty:
                 raise ConnectionError
             settling(task_id, reason)
 
-        duty = Expiry(broker.scripts, die_at_the_second)
+        duty = Expiry(broker.scripts, die_at_the_second, lambda task_ids: None)
         with pytest.raises(ConnectionError):
             duty.run_once()
         duty._settle = settling
@@ -152,7 +152,9 @@ class TestDuty:
         assert expiring(broker) == {"t": 2000}
 
     def test_one_of_several_does_it(self, broker: Broker) -> None:
-        first, second = (Expiry(broker.scripts, Settling(broker)) for _ in range(2))
+        first, second = (
+            Expiry(broker.scripts, Settling(broker), lambda task_ids: None) for _ in range(2)
+        )
         first.run_once()
         put(broker, "t", 1)
         assert second.run_once() == 0
@@ -193,3 +195,12 @@ class TestMarks:
         broker.client.delete(QUEUE, keys.delayed(QUEUE))
         assert sum(settled.sweep(broker.client, 60)) == 0
         assert self.marked(broker) == {"t"}
+
+
+def test_what_was_settled_elsewhere_is_written_down(broker: Broker) -> None:
+    asked: list[str] = []
+    for number in range(3):
+        broker.scripts.settle(f"t{number}", "revoked")
+    duty = Expiry(broker.scripts, Settling(broker), asked.extend)
+    duty.run_once()
+    assert sorted(asked) == ["t0", "t1", "t2"]

@@ -352,3 +352,20 @@ def test_a_wrong_entry_is_reported_not_believed(world: World) -> None:
         world.app(world.root).AsyncResult("t").get(timeout=5)
     os.unlink(path)
     assert world.app(world.root).AsyncResult("t").state == "PENDING"
+
+
+def test_what_a_client_revoked_reaches_the_disk(world: World) -> None:
+    """Until then Redis alone knew of it, and a job put back after its loss would have run."""
+    client: SharedResults = world.app().backend
+    assert client.settle("t", "revoked")
+    assert client.get_state("t") == "REVOKED"
+    with world.node("n") as (backend, writer):
+        results.record_with(writer.record)
+        try:
+            assert backend.write_down(["t", "nobody"]) == 1
+            wait_for(lambda: backend.write_down(["t"]) == 0, "the outcome on disk")
+        finally:
+            results.record_with(None)
+    world.cool()
+    reader: SharedResults = world.app(world.root).backend
+    assert isinstance(reader.app.AsyncResult("t").result, TaskRevokedError)
