@@ -349,6 +349,19 @@ class Claimant:
         with self._guard:
             return [c for c, held in self._held.items() if not held.runs and held.since < before]
 
+    def take_back(self, claim_id: str) -> bool:
+        """Forget one that isn't the pool's yet; False if it is, or has ended. Its turn can't come
+        any more.
+        """
+        with self._guard:
+            held = self._held.get(claim_id)
+            if held is None or held.runs:
+                return False
+            self._known.discard(claim_id)
+            self._let_go(claim_id)
+        self._start_waiting()
+        return True
+
     def _let_go(self, claim_id: str) -> None:
         if claim_id in self._early:
             return

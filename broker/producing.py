@@ -140,6 +140,9 @@ class Putter:
         except NoScriptError:
             self.client.script_load(source("put"))
             reply = self.client.execute_command(*command)
+        except ValueError as error:
+            # What redis-py says when another thread has closed the connection meanwhile.
+            raise redis.ConnectionError(str(error)) from error
         return reply
 
     def put(

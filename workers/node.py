@@ -111,14 +111,13 @@ class WorkerNode:
         overdue = set(self._claimant.overdue(_A_MOMENT))
         if not overdue:
             return
-        for request in list(worker_state.reserved_requests):
+        for request in _reserved():
             if isinstance(request, JobRequest) and request.claim_id in overdue:
                 if request.task.rate_limit:
                     continue  # Celery's own brake; it would be claimed again at once.
-                # Forgotten first: from here on its turn can't come any more.
-                self._claimant.forget(request.claim_id)
-                request.settle()
-                self._writer.give_back(request.claim_id, lost=False)
+                if self._claimant.take_back(request.claim_id):
+                    request.settle()
+                    self._writer.give_back(request.claim_id, lost=False)
 
     def stop_keyless(self, pool: Any) -> None:
         """The lease can't be trusted: end what has no log to fence it. It runs again elsewhere."""
@@ -258,3 +257,11 @@ class WorkerNode:
                 logger.error("%s[%s]: can't record its end: %s", request.name, request.id, trouble)
                 self._stopped.wait(_PAUSE)
         return None
+
+
+def _reserved() -> list[Any]:
+    while True:
+        try:
+            return list(worker_state.reserved_requests)
+        except RuntimeError:
+            continue  # The loop has changed it meanwhile.

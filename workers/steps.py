@@ -30,6 +30,7 @@ from tasks.request import JobRequest, has_processes, run_on
 from tasks.results import record_with
 from tasks.settings import Settings, current
 from workers import examine  # noqa: F401  # registers the other half of `./cohort doctor`
+from workers.essential import essential_thread
 from workers.heartbeat import Heartbeat
 from workers.housekeeping import Housekeeping
 from workers.limits import Limits
@@ -157,13 +158,19 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         record_with(self.writer.record)
         run_on(self.node)
         consume_as(self.claimant)
-        worker.timer.call_repeatedly(_LOOK_EVERY, self.node.give_back_overdue)
+        self._gone = threading.Event()
+        # From a thread: the loop of a solo pool stands still while a job runs.
+        essential_thread("cohort-overdue", self._look_for_overdue).start()
         if not has_processes(worker.pool):
             logger.warning(
                 "pool without processes: jobs with a directory, a time or a memory limit are left "
                 "to nodes with --pool prefork"
             )
         logger.info("node %s joined as %s", self._settings.node, self.claimant.incarnation)
+
+    def _look_for_overdue(self) -> None:
+        while not self._gone.wait(_LOOK_EVERY):
+            self.node.give_back_overdue()
 
     def _note(self, claimed: Claimed, headers: Mapping[str, Any]) -> None:
         def note() -> Entry:
@@ -177,6 +184,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def stop(self, worker: Any) -> None:
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""
+        # The consumer has stopped, and forgotten what hadn't begun: others can have it now.
+        try:
+            self.claimant.renew()
+        except (redis.RedisError, OSError) as error:
+            logger.warning("what hadn't begun goes back with the lease: %s", error)
         worker_shutdown.connect(self._leave, weak=False)
 
     def terminate(self, worker: Any) -> None:

@@ -236,6 +236,8 @@ class Sides:
             app.conf.update(broker_url=url, result_backend=url)
         else:
             app = stock_app.stock_app(name, url)
+        if app.pool._closed:
+            app._pool = None  # Another test's app with an equal connection has closed theirs.
         app.set_current()
         side = Side(name, app, workers)
         if name not in self._apps:

@@ -129,12 +129,6 @@ def test_a_job_that_was_revoked_too_late_keeps_its_success(
     wait_for(producer.is_quiet, "nothing to be left")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="revoke(terminate=True) of a job whose child comes to its end all the same: after the "
-    "grace workers/node.py kills the child, which runs another job by then, and that job is "
-    "recorded as REVOKED (billiard marks the process, not the job, as terminated)",
-)
 def test_terminating_a_job_that_ends_just_then_hits_nobody_else(tmp_path: Path) -> None:
     with running_fleet(tmp_path, nodes=1, cpus=1) as producer:
         names = ("started", "heard", "go", "next-started", "next-go")

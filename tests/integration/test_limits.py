@@ -127,5 +127,9 @@ def test_a_pool_process_keeps_no_dead_children(producer: Producer, mark: str) ->
     producer.end_of(jobs.leave_a_family.delay("zombies", mark))
     pool = [jobs.my_process.delay(0.5) for _ in range(2)]
     processes = {result.get(timeout=20) for result in pool}
-    dead = [process for process in everybody() if process.parent in processes]
-    assert [process for process in dead if not process.lives] == []
+
+    def none_is_dead() -> bool:
+        children = [process for process in everybody() if process.parent in processes]
+        return all(process.lives for process in children)
+
+    wait_for(none_is_dead, "the dead to be seen to", 10)
