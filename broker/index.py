@@ -32,6 +32,10 @@ from errors import Unavailable
 BUCKETS = 1 << 16
 _ENTRY = struct.Struct("<IIIBI")
 _FIELD = 14
+_FORGOTTEN = 0xFFFFFFFF
+"""In the place of a segment's number."""
+_A_MOMENT = 30
+"""Seconds."""
 _A_SCRIPT = 200
 """Entries that one script looks at, at most."""
 _A_STEP = 32
@@ -209,7 +213,8 @@ class Index:
     @staticmethod
     def read(entry: bytes | None) -> Placed | None:
         """An entry of the index. Expired ones are for `sweep`, on the server's clock, to remove."""
-        return None if entry is None else Placed(*_ENTRY.unpack(entry))
+        placed = None if entry is None else Placed(*_ENTRY.unpack(entry))
+        return None if placed is None or placed.segment == _FORGOTTEN else placed
 
     def segment(self, number: int, *, again: bool = False) -> str | None:
         """The name of a segment; `again` asks Redis, which may have been emptied and refilled."""
@@ -222,9 +227,12 @@ class Index:
         return self._names[number]
 
     def forget(self, task_id: str) -> None:
-        """Take a task's entry out."""
+        """Take a task's entry out. Its outcome may be on its way to the disk: for a moment an entry
+        stands there that leads nowhere, or whoever writes it down would make it known again.
+        """
         bucket, field = spot_of(task_id)
-        self.client.hdel(keys.outcomes(bucket), field)
+        entry = _ENTRY.pack(_FORGOTTEN, 0, 0, 0, self.now_ms() // 1000 + _A_MOMENT)
+        self.client.hset(keys.outcomes(bucket), field, entry)
 
     def drop(self, segment: str) -> None:
         """Forget a segment's name, once nothing in the index refers to it."""

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import redis
 from celery import Celery
+from kombu import pools
 
 from deploy.fleet import PROJECT, Fleet
 from deploy.parts import Part
@@ -236,8 +237,10 @@ class Sides:
             app.conf.update(broker_url=url, result_backend=url)
         else:
             app = stock_app.stock_app(name, url)
-        if app.pool._closed:
-            app._pool = None  # Another test's app with an equal connection has closed theirs.
+        if app.pool._closed or app.amqp.producer_pool._closed:
+            # Kombu's pools are the process's: another app with an equal connection closed them.
+            pools.reset()
+            app._pool = app.amqp._producer_pool = None
         app.set_current()
         side = Side(name, app, workers)
         if name not in self._apps:
