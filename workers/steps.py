@@ -159,6 +159,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         run_on(self.node)
         consume_as(self.claimant)
         self._gone = threading.Event()
+        self._is_ending = False
         # From a thread: the loop of a solo pool stands still while a job runs.
         essential_thread("cohort-overdue", self._look_for_overdue).start()
         if not has_processes(worker.pool):
@@ -171,6 +172,15 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def _look_for_overdue(self) -> None:
         while not self._gone.wait(_LOOK_EVERY):
             self.node.give_back_overdue()
+            if self._is_ending:
+                self._give_back_forgotten()
+
+    def _give_back_forgotten(self) -> None:
+        """The consumer has stopped, and forgotten what hadn't begun: others can have it now."""
+        try:
+            self.claimant.renew()
+        except (redis.RedisError, OSError) as error:
+            logger.warning("what hadn't begun goes back with the lease: %s", error)
 
     def _note(self, claimed: Claimed, headers: Mapping[str, Any]) -> None:
         def note() -> Entry:
@@ -184,11 +194,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def stop(self, worker: Any) -> None:
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""
-        # The consumer has stopped, and forgotten what hadn't begun: others can have it now.
-        try:
-            self.claimant.renew()
-        except (redis.RedisError, OSError) as error:
-            logger.warning("what hadn't begun goes back with the lease: %s", error)
+        self._is_ending = True
         worker_shutdown.connect(self._leave, weak=False)
 
     def terminate(self, worker: Any) -> None:
