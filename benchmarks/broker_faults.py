@@ -18,8 +18,9 @@ import redis
 
 from benchmarks.contenders import PREFORK, STOCK, Arena
 from broker import keys
+from broker.claims import Asking
 from broker.producing import Put, Putter
-from broker.scripts import Asking, Scripts
+from broker.scripts import Scripts
 
 if TYPE_CHECKING:
     from benchmarks.broker import Options

@@ -25,9 +25,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from broker.claims import Asking, Claimed, Claims, Running
 from broker.needs import NONE, Needs, Room
 from broker.producing import Put
-from broker.scripts import Asking, Claimed, Claims, Running, Scripts
+from broker.scripts import Scripts
 
 CLAIM_PREFIX = "claim-"
 """What tells a claim id from a stock delivery tag, which is a UUID."""

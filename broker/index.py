@@ -26,7 +26,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from broker import keys
-from broker.scripts import sha_of, source
+from broker.sources import sha_of, source
 from errors import Unavailable
 
 BUCKETS = 1 << 16

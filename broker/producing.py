@@ -20,8 +20,8 @@ from kombu.utils.json import dumps
 from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from broker import keys, retry
-from broker.scripts import sha_of, source
-from errors import BrokerFull
+from broker.sources import sha_of, source
+from errors import BrokerFull, Refused
 
 Word = Literal["queued", "delayed", "there"]
 """What became of a message; "there": it had been put before."""
@@ -58,6 +58,19 @@ class Put(NamedTuple):
 
 Tell = Callable[[Sequence[str]], tuple[str, str]]
 """Some events -> the channel, and the message that tells them."""
+
+
+def _nowhere(one: Put) -> float:
+    raise Refused("a durable job can't be submitted here: nobody makes notes of jobs")
+
+
+_write_down: Callable[[Put], float] = _nowhere
+
+
+def note_with(write_down: Callable[[Put], float]) -> None:
+    """How this process makes a note of a durable job; it returns for how long, in seconds."""
+    global _write_down
+    _write_down = write_down
 
 
 def identity_of(headers: Mapping[str, Any]) -> str:
@@ -247,10 +260,6 @@ class ProducingChannel(stock.Channel):  # type: ignore[misc]
         """Puts over this channel's connections."""
         return Putter(self._create_client())
 
-    def keep_note(self, queue: str, list_name: str, text: str, due: int | None) -> float:
-        """Before a durable job is put: make a note of it. For how long it is kept, in seconds."""
-        raise NotImplementedError
-
     def create_publish_batch(self, max_size: int) -> PutBatch:
         """What `Producer.batch()` collects in."""
         return PutBatch(self, max_size)
@@ -280,8 +289,7 @@ class ProducingChannel(stock.Channel):  # type: ignore[misc]
         about = headers["cohort"]
         if isinstance(about, dict) and about.get("durable") is True:
             # On disk before it is in Redis. Put again after a lost reply, it is there but once.
-            keep = self.keep_note(queue, list_name, one.payload, one.due_ms)
-            self.putter.put([one], keep)
+            self.putter.put([one], _write_down(one))
         elif "_publish_batch" in kwargs:
             kwargs["_publish_batch"].put(one)
         else:

@@ -5,108 +5,23 @@ The Lua is in `broker/lua/`; each file begins with a glossary of its keys.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import redis
 from redis.commands.core import Script
 from redis.exceptions import NoScriptError
 
 from broker import keys
+from broker.claims import Asking, Claims, Running
+from broker.sources import sha_of, source
 
 if TYPE_CHECKING:
     from broker.producing import Put
 
-_LUA = Path(__file__).parent / "lua"
 _A_SCRIPT = 200
 """Messages that one script touches, at most."""
-_CLAIM_KEYS = (
-    keys.LOCKS,
-    keys.PARKED,
-    keys.READY,
-    keys.SEQUENCE,
-    keys.DELIVERIES,
-    keys.BELL,
-    keys.LEASES,
-    keys.DEAD,
-    keys.WAITING,
-    keys.SHAPES,
-    keys.RESERVED,
-    keys.SETTLED,
-    keys.SPARE,
-    keys.CLAIMED,
-)
-
-# At the memory limit new jobs are refused; those already accepted go on to their end.
-_EVEN_WHEN_FULL = "#!lua flags=allow-oom\n"
-_WHEN_ROOM = "#!lua\n"
-
-
-def source(name: str) -> str:
-    """The whole text of one script, with what it shares with the others."""
-    header = _WHEN_ROOM if name == "put" else _EVEN_WHEN_FULL
-    prelude = (_LUA / "prelude.lua").read_text("utf-8")
-    return header + prelude + (_LUA / f"{name}.lua").read_text("utf-8")
-
-
-def sha_of(text: str) -> str:
-    """How Redis names a script: SHA-1 of its text (EVALSHA in the Redis manual)."""
-    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-
-class Claimed(NamedTuple):
-    """What a claim brought."""
-
-    claim_id: str
-    queue: str
-    payload: bytes
-    lost_deliveries: int
-    key: str
-    qualified: bool
-    """Whether what it needs is known; for a stock producer's message the worker must find out."""
-    needs: str
-    """As `Needs.text`."""
-    settled: str
-    """Why it has an outcome without having run, or nothing: it is to be run."""
-    list_name: str
-
-
-class Running(NamedTuple):
-    """A claim that a node has begun, and what its message says: task id, name and priority."""
-
-    claimed: Claimed
-    task: str
-    name: str
-    priority: int
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Who claims what: of these `lists`, (Redis list, queue), the first is served first."""
-
-    member: str
-    prefix: str
-    """How the ids of the claims begin; a number follows."""
-    first: int
-    most: int
-    node: str
-    """What the node has and may claim (JSON, see claim.lua)."""
-    queues: Sequence[str]
-    lists: Sequence[tuple[str, str]]
-    tops: Sequence[str]
-    """For each list the last priority that it serves, as a digit."""
-
-
-class Claims(NamedTuple):
-    """The answer: "again" if there may be more, "busy" if no process is idle, "all", "expelled"."""
-
-    word: Literal["all", "again", "busy", "expelled"]
-    claimed: list[Claimed]
 
 
 class Scripts:
@@ -129,47 +44,9 @@ class Scripts:
         self.client.script_load(source("claim"))
 
     def claim_command(self, asking: Asking) -> list[Any]:
-        """The command that claims."""
-        names = [
-            keys.claims(asking.member),
-            *_CLAIM_KEYS,
-            *map(keys.delayed, asking.queues),
-            *(name for name, _ in asking.lists),
-        ]
-        served = zip(asking.lists, asking.tops, strict=True)
-        return [
-            "EVALSHA",
-            self._claim_sha,
-            len(names),
-            *names,
-            asking.member,
-            asking.prefix,
-            asking.first,
-            asking.most,
-            asking.node,
-            len(asking.queues),
-            *asking.queues,
-            *(argument for (_, queue), top in served for argument in (queue, top)),
-        ]
-
-    @staticmethod
-    def claim_reply(asking: Asking, reply: Sequence[Any]) -> Claims:
-        """What the server said to `claim_command`."""
-        claimed = [
-            Claimed(
-                f"{asking.prefix}{number}",
-                queue.decode(),
-                payload,
-                int(lost),
-                key.decode(),
-                qualified == b"1",
-                needs.decode(),
-                settled.decode(),
-                list_name.decode(),
-            )
-            for number, queue, payload, lost, key, qualified, needs, settled, list_name in reply[1:]
-        ]
-        return Claims(reply[0].decode(), claimed)
+        """The command that claims. `Claims.of` reads the answer."""
+        names = asking.keys
+        return ["EVALSHA", self._claim_sha, len(names), *names, *asking.arguments]
 
     def claim(self, asking: Asking) -> Claims:
         """Claim over this client, waiting for the reply."""
@@ -179,7 +56,7 @@ class Scripts:
         except NoScriptError:
             self.load_claim()
             reply = self.client.execute_command(*command)  # type: ignore[no-untyped-call]
-        return self.claim_reply(asking, reply)
+        return Claims.of(asking, reply)
 
     def put(
         self, list_name: str, queue: str, payload: str, due_ms: int | None
@@ -294,20 +171,8 @@ class Scripts:
         words: list[Any] = []
         for at in range(0, len(running), 50):
             arguments: list[Any] = ["1" if emptied else "0"]
-            for claimed, task, name, priority in running[at : at + 50]:
-                facts = {
-                    "queue": claimed.queue,
-                    "list": claimed.list_name,
-                    "key": claimed.key,
-                    "task": task,
-                    "name": name,
-                    "priority": str(priority),
-                    "needs": claimed.needs,
-                    "conflict": "wait",
-                    "bare": "0" if claimed.qualified else "1",
-                    "settled": claimed.settled,
-                }
-                arguments += [claimed.claim_id, task, json.dumps(facts), claimed.payload]
+            for one in running[at : at + 50]:
+                arguments += [one.claimed.claim_id, one.task, one.facts, one.claimed.payload]
             words += self._adopt(
                 keys=[keys.claims(member), keys.LOCKS, keys.READY, keys.CLAIMED], args=arguments
             )

@@ -22,12 +22,12 @@ from kombu.transport import virtual
 from kombu.utils.json import loads
 from redis.exceptions import NoScriptError
 
-from broker import journal, keys
+from broker import keys
 from broker.claimant import CLAIM_PREFIX, MOST_AT_ONCE, Claimant
-from broker.journal import Note
+from broker.claims import Asking, Claimed, Claims
 from broker.needs import Needs
 from broker.producing import ProducingChannel, due_ms
-from broker.scripts import Asking, Claimed, Claims, Scripts
+from broker.scripts import Scripts
 from errors import Refused
 
 logger = get_logger(__name__)
@@ -35,12 +35,7 @@ logger = get_logger(__name__)
 _SAFETY_POLL = 0.1
 
 
-def _nowhere(note: Note) -> float:
-    raise Refused("a durable job can't be submitted here: nobody makes notes of jobs")
-
-
 _claimant: Claimant | None = None
-_write_down: Callable[[Note], float] = _nowhere
 
 
 @dataclass(frozen=True)
@@ -70,12 +65,6 @@ def qualify_with(qualities_of: Callable[[Mapping[str, Any]], Qualities]) -> None
     """How to find out what a message is that a stock producer wrote."""
     global _qualities_of
     _qualities_of = qualities_of
-
-
-def note_with(write_down: Callable[[Note], float]) -> None:
-    """How a producer makes a note of a durable job; it returns for how long, in seconds."""
-    global _write_down
-    _write_down = write_down
 
 
 class ClaimQoS(stock.QoS):  # type: ignore[misc]
@@ -148,10 +137,6 @@ class Channel(ProducingChannel):
         self._refused = False
         self._scripts = Scripts(self._create_client())
 
-    def keep_note(self, queue: str, list_name: str, text: str, due: int | None) -> float:
-        """Before a durable job is put: make a note of it. For how long it is kept, in seconds."""
-        return _write_down(journal.note_of(queue, list_name, text, due))
-
     # The worker's half: ask, then read, on the event loop's own connection.
 
     def _claims(self) -> bool:
@@ -209,7 +194,7 @@ class Channel(ProducingChannel):
             if asked is None or reply is None:
                 self._idle = False
             else:
-                claims = Scripts.claim_reply(asked, reply)
+                claims = Claims.of(asked, reply)
                 # Whatever is put after that look has rung the bell.
                 self._idle = claims.word in ("all", "expelled")
                 if claims.word == "busy" and _claimant is not None:

@@ -9,8 +9,9 @@ from typing import Any
 from celery.schedules import crontab
 from kombu.transport import TRANSPORT_ALIASES
 
-from broker.producing import remember_for
-from broker.transport import Qualities, note_with, qualify_with
+from broker.journal import note_of
+from broker.producing import Put, note_with, remember_for
+from broker.transport import Qualities, qualify_with
 from errors import SettingsError
 from tasks.journal import write_down
 from tasks.settings import Settings, current
@@ -78,5 +79,9 @@ def _qualities_of_message(message: Any) -> Qualities:
     return qualities_of_message(app, message)
 
 
+def _note_of(one: Put) -> float:
+    return write_down(app, note_of(one.queue, one.list, one.payload, one.due_ms))
+
+
 qualify_with(_qualities_of_message)
-note_with(lambda note: write_down(app, note))
+note_with(_note_of)

@@ -17,7 +17,8 @@ import redis
 
 from broker import keys
 from broker.claimant import Claimant, NodeDescription
-from broker.scripts import Asking, Claimed, Claims, Scripts
+from broker.claims import Asking, Claimed, Claims
+from broker.scripts import Scripts
 
 QUEUE = "celery"
 STEPS = (0, 3, 6, 9)

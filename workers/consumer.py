@@ -17,9 +17,9 @@ from celery.utils.objects import Bunch
 from celery.worker.consumer import Consumer
 
 from broker.claimant import Claimant
+from broker.claims import Claimed
 from broker.deadletters import UNKNOWN_SINCE
 from broker.producing import Put
-from broker.scripts import Claimed
 from broker.transport import current_claimant
 from tasks.settings import current
 

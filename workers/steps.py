@@ -16,8 +16,9 @@ from celery.utils.log import get_logger
 
 from broker import nodes, server
 from broker.claimant import Claimant, NodeDescription
+from broker.claims import Claimed
 from broker.journal import note_of
-from broker.scripts import Claimed, Scripts
+from broker.scripts import Scripts
 from broker.transport import consume_as
 from errors import CohortError, SettingsError, WrongMount
 from storage import mount, mount_options

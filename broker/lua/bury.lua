@@ -17,19 +17,14 @@ local K = {
     bell = KEYS[6], claimed = KEYS[7], dead = KEYS[8], expiring = KEYS[9],
 }
 local id, reason = ARGV[1], ARGV[2]
-local raw = redis.call('HGET', K.claims, id)
-if not raw then
+local claim = take_out(K, id)
+if not claim then
     return 'superseded'
 end
-local claim = decode(raw)
-redis.call('HDEL', K.claims, id)
-redis.call('HDEL', K.claimed, claim.task)
 redis.call('HSET', K.dead, claim.task, cjson.encode({
     reason = reason, time = string.format('%d', now_ms()), queue = claim.queue, list = claim.list,
     lost = redis.call('HGET', K.deliveries, claim.task) or '0' }) .. '\0' .. claim.payload)
 redis.call('HDEL', K.deliveries, claim.task)
 redis.call('ZREM', K.expiring, claim.task)
-if claim.key ~= '' and claim.settled == '' then
-    let_go(K, claim.key, id)
-end
+unlock(K, claim, id)
 return 'finished'

@@ -25,9 +25,7 @@ for i, raw in ipairs(redis.call('HMGET', K.claims, unpack(ARGV))) do
         words[i] = 'finished'
         local claim = decode(raw)
         over[#over + 1] = claim.task
-        if claim.key ~= '' and claim.settled == '' then
-            let_go(K, claim.key, ARGV[i])
-        end
+        unlock(K, claim, ARGV[i])
     end
 end
 for _, marks in ipairs({ K.claimed, K.deliveries, K.settled }) do

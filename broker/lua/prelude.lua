@@ -88,6 +88,25 @@ local function let_go(K, key, id)
     end
 end
 
+-- A claim has ended: it, or nil if it was reaped. Its lock is still its own.
+local function take_out(K, id)
+    local raw = redis.call('HGET', K.claims, id)
+    if not raw then
+        return nil
+    end
+    local claim = decode(raw)
+    redis.call('HDEL', K.claims, id)
+    redis.call('HDEL', K.claimed, claim.task)
+    return claim
+end
+
+-- Hand its lock on, if it has one: what is settled never took it.
+local function unlock(K, claim, id)
+    if claim.key ~= '' and claim.settled == '' then
+        let_go(K, claim.key, id)
+    end
+end
+
 -- A claim goes back, ahead of everything that waits. `lost`: its node or process died with it.
 local function put_back(K, claims, id, lost)
     local raw = redis.call('HGET', claims, id)

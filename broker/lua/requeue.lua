@@ -18,13 +18,10 @@ local K = {
     bell = KEYS[6], claimed = KEYS[7], list = KEYS[8], delayed = KEYS[9], expiring = KEYS[10],
 }
 local id, message, due, expires = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local raw = redis.call('HGET', K.claims, id)
-if not raw then
+local claim = take_out(K, id)
+if not claim then
     return 'superseded'
 end
-local claim = decode(raw)
-redis.call('HDEL', K.claims, id)
-redis.call('HDEL', K.claimed, claim.task)
 redis.call('HDEL', K.deliveries, claim.task)
 if due ~= '' and tonumber(due) > now_ms() then
     redis.call('ZADD', K.delayed, due, K.list .. '\0' .. message)
@@ -35,7 +32,5 @@ end
 if expires ~= '' then
     redis.call('ZADD', K.expiring, expires, claim.task)
 end
-if claim.key ~= '' and claim.settled == '' then
-    let_go(K, claim.key, id)
-end
+unlock(K, claim, id)
 return 'finished'

@@ -11,7 +11,7 @@ import redis
 import broker.claimant
 from broker import keys, nodes
 from broker.claimant import CLAIM_PREFIX, Claimant
-from broker.scripts import Asking
+from broker.claims import Asking
 from tests.broker_kit import QUEUE, Broker, lists_of, tops_of
 from tests.redis_server import RedisServer
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from broker import keys
+from broker.claims import Claims
 from broker.needs import NONE, Needs
 from broker.producing import Put
-from broker.scripts import Claims
 from tests.broker_kit import QUEUE, Broker, list_of, message, node_json, task_of
 
 NODE, OTHER = "n:1", "n:2"

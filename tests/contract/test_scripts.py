@@ -9,7 +9,8 @@ import pytest
 import redis
 
 from broker import keys
-from broker.scripts import Claimed, sha_of, source
+from broker.claims import Claimed
+from broker.sources import sha_of, source
 from errors import BrokerFull
 from tests.broker_kit import QUEUE, Broker, message
 from tests.redis_server import RedisServer

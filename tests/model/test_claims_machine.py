@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 
 from broker import keys
 from broker.claimant import Claimant, NodeDescription
+from broker.claims import Asking, Claimed, Claims
 from broker.needs import Needs
 from broker.producing import Put
-from broker.scripts import Asking, Claimed, Claims
 from tests.broker_kit import Broker, list_of, lists_of, look, message, tops_of
 from tests.redis_server import RedisServer, running_redis
 
