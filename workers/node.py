@@ -119,6 +119,12 @@ class WorkerNode:
                     request.settle()
                     self._writer.give_back(request.claim_id, lost=False)
 
+    def give_back_unbegun(self) -> None:
+        """Nothing begins here any more: what hasn't is for others."""
+        for claim_id in self._claimant.overdue(0.0):
+            if self._claimant.take_back(claim_id):
+                self._writer.give_back(claim_id, lost=False)
+
     def stop_keyless(self, pool: Any) -> None:
         """The lease can't be trusted: end what has no log to fence it. It runs again elsewhere."""
         if not has_processes(pool):

@@ -174,12 +174,13 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         while not self._gone.wait(_LOOK_EVERY):
             self.node.give_back_overdue()
             if self._is_ending:
-                self._give_back_forgotten()
+                self._give_back_unbegun()
 
-    def _give_back_forgotten(self) -> None:
-        """The consumer has stopped, and forgotten what hadn't begun: others can have it now."""
+    def _give_back_unbegun(self) -> None:
+        """The consumer has stopped and forgotten what hadn't begun: others can have it now."""
+        self.node.give_back_unbegun()
         try:
-            self.claimant.renew()
+            self.claimant.renew()  # It names what is held; what a closed channel let go goes back.
         except (redis.RedisError, OSError) as error:
             logger.warning("what hadn't begun goes back with the lease: %s", error)
 
