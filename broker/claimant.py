@@ -35,7 +35,10 @@ CLAIM_PREFIX = "claim-"
 
 AHEAD = 0.1
 """Seconds of work that may be claimed before there is room for it."""
+SHORT = 0.005
+"""Seconds of work that one process may be handed at once."""
 MOST_AT_ONCE = 64
+MOST_TOGETHER = 32
 _NEW_WEIGHT = 0.3
 """Of the last run in a task's recent run time."""
 
@@ -71,7 +74,11 @@ class _Held:
     key: str = ""
     """Its job key, if the message didn't say it."""
     runs: bool = False
-    """Whether it takes part of the room: from when it is handed to the pool."""
+    """Whether it is the pool's."""
+    together: bool = False
+    """Whether others go with it to its process."""
+    follows: bool = False
+    """Whether it takes its turn in the room of another one."""
 
 
 @dataclass
@@ -79,7 +86,8 @@ class _Waiting:
     """A claim that is to begin when there is room."""
 
     claim_id: str
-    begin: Callable[[], object] = field(repr=False)
+    job: Any = field(repr=False)
+    may_share: bool
 
 
 class Claimant:
@@ -105,6 +113,8 @@ class Claimant:
         """Who acknowledges: the node's writer, once the outcome is on disk."""
         self.on_claim: Callable[[Claimed, Mapping[str, Any]], object] | None = None
         """Who notes what was claimed, and the headers of its message."""
+        self.on_start: Callable[[Sequence[Any]], object] = lambda jobs: None
+        """Who hands to the pool what may begin: one, or several short ones for one process."""
         self._describe = describe
         self._slots = slots
         self._patience_ms = int(patience * 1000)
@@ -144,7 +154,7 @@ class Claimant:
             )
             for one in held:
                 self._room.hold(one.needs)
-                if one.runs:
+                if one.runs and not one.follows:
                     self._room.run(one.needs)
         sent = time.monotonic()
         told = json.dumps(asdict(description))
@@ -260,7 +270,8 @@ class Claimant:
         for held in self._held.values():
             if held.begun:
                 # One that runs for longer than its like did: they may take as long.
-                if now - held.begun > self._takes.get(held.name, 0.0):
+                least = AHEAD if held.together else self._takes.get(held.name, 0.0)
+                if now - held.begun > least and not held.follows:
                     self._takes[held.name] = now - held.begun
             else:
                 ahead -= self._takes.get(held.name, AHEAD)
@@ -280,10 +291,12 @@ class Claimant:
 
     # Running.
 
-    def start(self, claim_id: str, begin: Callable[[], object]) -> None:
-        """Call `begin` when there is room beside what runs: now, or when something has ended."""
+    def start(self, claim_id: str, job: Any, *, may_share: bool = False) -> None:
+        """Give `job` to `on_start` when there is room beside what runs: now, or when something has
+        ended. If it `may_share` and is short, others may go with it to the same process.
+        """
         with self._guard:
-            self._waiting.append(_Waiting(claim_id, begin))
+            self._waiting.append(_Waiting(claim_id, job, may_share))
         self._start_waiting()
 
     def begin(self, claim_id: str) -> None:
@@ -298,12 +311,12 @@ class Claimant:
         """It is acknowledged when it begins; its room is taken until `ended`."""
         self._early.add(claim_id)
 
-    def ended(self, claim_id: str) -> None:
-        """The pool is done with it, whenever it was acknowledged."""
+    def ended(self, claim_id: str, took: float | None = None) -> None:
+        """The pool is done with it, whenever it was acknowledged. `took`: its seconds, if known."""
         self._early.discard(claim_id)
-        self.end(claim_id)
+        self.end(claim_id, took)
 
-    def end(self, claim_id: str) -> None:
+    def end(self, claim_id: str, took: float | None = None) -> None:
         """The pool is done with it: its room is another's, though it isn't acknowledged yet."""
         with self._guard:
             if claim_id in self._early:
@@ -311,12 +324,21 @@ class Claimant:
             held = self._held.get(claim_id)
             if held is None:
                 return
-            if held.begun:
-                took = time.monotonic() - held.begun
+            if held.begun and not (held.together and took is None):
+                took = time.monotonic() - held.begun if took is None else took
                 before = self._takes.get(held.name, took)
                 self._takes[held.name] = before + _NEW_WEIGHT * (took - before)
             self._let_go(claim_id)
         self._start_waiting()
+
+    def pass_room(self, ended: Sequence[str], heir: str) -> None:
+        """These end, and the process that they shared is still at another one."""
+        with self._guard:
+            to = self._held.get(heir)
+            for claim_id in ended:
+                held = self._held.get(claim_id)
+                if to is not None and held is not None and held.runs and not held.follows:
+                    held.follows, to.follows = True, False
 
     def forget(self, claim_id: str) -> None:
         """It isn't ours, or no longer; if Redis thinks otherwise, the next renewal returns it."""
@@ -370,7 +392,7 @@ class Claimant:
         if held is not None:
             self.turns += 1
             self._room.hold(held.needs, -1)
-            if held.runs:
+            if held.runs and not held.follows:
                 self._running -= 1
                 self._room.run(held.needs, -1)
 
@@ -379,26 +401,45 @@ class Claimant:
             if self._starting:
                 return  # Whoever is at it, maybe this thread further up, looks once more.
             self._starting = True
-        while (begin := self._next_to_start()) is not None:
+        while jobs := self._next_to_start():
             try:
-                begin()
+                self.on_start(jobs)
             except BaseException:
                 self._starting = False
                 raise
 
-    def _next_to_start(self) -> Callable[[], object] | None:
+    def _next_to_start(self) -> list[Any]:
         with self._guard:
             if self._waiting:
-                first = self._waiting[0]
-                held = self._held.get(first.claim_id)
+                held = self._held.get(self._waiting[0].claim_id)
                 if held is None or self._may_start(held):
-                    if held is not None:
-                        held.runs = True
-                        self._running += 1
-                        self._room.run(held.needs)
-                    return self._waiting.popleft().begin
+                    first = self._waiting.popleft()
+                    if held is None:
+                        return [first.job]  # Given back meanwhile, as it will find out.
+                    held.runs = True
+                    self._running += 1
+                    self._room.run(held.needs)
+                    followers = self._followers(held) if first.may_share else []
+                    return [first.job, *followers]
             self._starting = False
-            return None
+            return []
+
+    def _followers(self, first: _Held) -> list[Any]:
+        """Those that wait next and are short enough to take their turns behind it."""
+        idle = max(0, self._slots() - self._running)
+        most = min(MOST_TOGETHER - 1, len(self._waiting) // (idle + 1))
+        left = SHORT - self._takes.get(first.name, SHORT)
+        followers: list[Any] = []
+        while self._waiting and len(followers) < most:
+            held = self._held.get(self._waiting[0].claim_id)
+            if held is None or not self._waiting[0].may_share or held.claimed.settled:
+                break
+            left -= self._takes.get(held.name, SHORT)
+            if left < 0 or held.needs != first.needs:
+                break
+            held.runs = held.follows = held.together = first.together = True
+            followers.append(self._waiting.popleft().job)
+        return followers
 
     def _may_start(self, held: _Held) -> bool:
         if held.claimed.settled:

@@ -67,7 +67,7 @@ def run_on(node: Node | None) -> None:
 
 def has_processes(pool: Any) -> bool:
     """Whether a pool runs its jobs in processes that can be ended."""
-    return hasattr(pool, "num_processes") and "prefork" in type(pool).__module__
+    return "prefork" in type(pool).__module__
 
 
 Traced = tuple[int, Any, Any, list[Outcome], Put | None]
@@ -107,6 +107,8 @@ class JobRequest(Request):  # type: ignore[misc]
     child: Child | None = None
     has_returned = False
     """Whether the child has come to an end of its own: it may run another job by now."""
+    took: float | None = None
+    """Seconds, if its process has measured them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Celery specialises these two in a subclass of its own, for speed; ours must win.
@@ -163,28 +165,51 @@ class JobRequest(Request):  # type: ignore[misc]
         """The task's context, as the result backend wants it."""
         return self._context
 
-    def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
-        """Hand it to the pool."""
+    @property
+    def may_share(self) -> bool:
+        """Whether it may be handed to a process together with others: nobody ends it by itself."""
+        return (
+            bool(self.claim_id)
+            and getattr(self.task, "definition", None) is not None
+            and self.task.acks_late
+            and not self.needs_a_process
+        )
+
+    def check(self) -> None:
+        """Raises `TaskRevokedError` if it isn't to be run here."""
         claimant = current_claimant()
         if self.claim_id and claimant is not None and not claimant.knows(self.claim_id):
             raise TaskRevokedError(self.id)  # It was given back before its turn came.
         if self.revoked():
             raise TaskRevokedError(self.id)
-        if _node is not None and self.needs_a_process and not has_processes(pool):
+
+    def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
+        """Hand it to the pool, if it is to be run here."""
+        self.check()
+        if _node is not None and not has_processes(pool) and self.needs_a_process:
             self.settle()
             _node.give_back_later(self)
             return None
+        return self.hand_to(pool)
+
+    @property
+    def pool_arguments(self) -> tuple[Any, ...]:
+        """What its process needs to run it: the arguments of `trace_job`."""
+        return (
+            self.type,
+            self.id,
+            self.request_dict,
+            self.body,
+            self.content_type,
+            self.content_encoding,
+        )
+
+    def hand_to(self, pool: Any) -> Any:
+        """Give it to a process of the pool."""
         hard, soft = self.time_limits
         result = pool.apply_async(
             trace_job if self.task.acks_late else trace_early,
-            args=(
-                self.type,
-                self.id,
-                self.request_dict,
-                self.body,
-                self.content_type,
-                self.content_encoding,
-            ),
+            args=self.pool_arguments,
             accept_callback=self.on_accepted,
             timeout_callback=self.on_timeout,
             callback=self.on_success,
@@ -203,7 +228,7 @@ class JobRequest(Request):  # type: ignore[misc]
             claimant.begin(self.claim_id)
             if not self.task.acks_late:
                 claimant.acknowledged_early(self.claim_id)
-        if pid != os.getpid():
+        if pid != os.getpid() and self.child is None:
             self.child = Child(pid)
         super().on_accepted(pid, time_accepted)
 
@@ -224,7 +249,7 @@ class JobRequest(Request):  # type: ignore[misc]
     def _leave_room(self) -> None:
         claimant = current_claimant()
         if claimant is not None:
-            claimant.ended(self.claim_id)
+            claimant.ended(self.claim_id, self.took)
 
     def _end_with(self, failed: int, value: Any, retry: Put | None) -> None:
         claimant = current_claimant()

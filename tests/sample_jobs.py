@@ -153,6 +153,28 @@ def keyless_once(run: Run, traces: str, started: str = "", go: str = "") -> str:
 
 
 @job
+def short(run: Run, folder: str, name: str, what: str = "") -> Any:
+    """Leaves a line in its file at each run, and is over at once, unless it is to be otherwise."""
+    runs = Path(folder) / name
+    again = runs.exists()
+    with runs.open("a") as file:
+        file.write(f"{run.node} {os.getpid()} {run.attempt}\n")
+    if what == "wait":
+        wait_for_file(f"{folder}/go")
+    if what == "die" and not again:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "fail":
+        raise ValueError(name)
+    return "x" * (2 << 20) if what == "large" else name
+
+
+@job(ignore_result=True)
+def short_without_outcome(run: Run, folder: str, name: str) -> None:
+    with (Path(folder) / name).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+@job
 def talk(run: Run, words: list[str]) -> None:
     for word in words:
         run.log.info("%s", word)

@@ -26,6 +26,7 @@ from errors import CohortError
 from storage.directory import conclude_for, conclusion_of
 from storage.log import Record, State
 from storage.worktree import WorkTree
+from tasks.bundle import Trays
 from tasks.family import Child
 from tasks.request import JobRequest, has_processes
 from tasks.results import Outcome, committed_as
@@ -53,6 +54,7 @@ class WorkerNode:
         writer: Writer,
         claimant: Claimant,
         limits: Limits,
+        trays: Trays,
         leave: Callable[[], object],
     ) -> None:
         """`leave` ends the lease and gives every claim back."""
@@ -61,6 +63,7 @@ class WorkerNode:
         self._writer = writer
         self._claimant = claimant
         self._limits = limits
+        self._trays = trays
         self._leave = leave
         self._given_back: set[str] = set()
         self._stopped = threading.Event()
@@ -106,8 +109,15 @@ class WorkerNode:
         """Conclude nothing from now on; what is unsettled goes back with the lease."""
         self._stopped.set()
 
+    def give_back(self, request: JobRequest) -> None:
+        """It hasn't begun, and won't here."""
+        request.settle()
+        self._writer.give_back(request.claim_id, lost=False)
+
     def give_back_overdue(self) -> None:
         """What was claimed ahead for a moment and hasn't got its turn: others may have room."""
+        for bundle in self._trays.late(_A_MOMENT):
+            bundle.withdraw()
         overdue = set(self._claimant.overdue(_A_MOMENT))
         if not overdue:
             return
@@ -116,8 +126,7 @@ class WorkerNode:
                 if request.task.rate_limit:
                     continue  # Celery's own brake; it would be claimed again at once.
                 if self._claimant.take_back(request.claim_id):
-                    request.settle()
-                    self._writer.give_back(request.claim_id, lost=False)
+                    self.give_back(request)
 
     def give_back_unbegun(self) -> None:
         """Nothing begins here any more: what hasn't is for others."""

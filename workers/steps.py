@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -24,6 +24,7 @@ from errors import CohortError, SettingsError, WrongMount
 from storage import mount, mount_options
 from storage.segments import Entry, SegmentWriter
 from tasks import groups
+from tasks.bundle import Bundle, Trays
 from tasks.enclosure import enclose_in
 from tasks.job import PREFORK
 from tasks.journal import entry_of
@@ -112,14 +113,23 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def create(self, worker: Any) -> None:
         """What is claimed begins when there is room for it."""
         process = worker.process_task
+        self._trays = Trays(_shared_processes(worker))
 
         def process_when_there_is_room(request: Any) -> None:
             claim_id = request.claim_id if isinstance(request, JobRequest) else ""
             if claim_id:
-                self.claimant.start(claim_id, lambda: process(request))
+                may_share = bool(self._trays) and request.may_share
+                self.claimant.start(claim_id, request, may_share=may_share)
             else:
                 process(request)
 
+        def process_now(requests: Sequence[JobRequest]) -> None:
+            if len(requests) == 1:
+                process(requests[0])
+            else:
+                process(Bundle(requests, self._trays, self.node.give_back))
+
+        self._process_now = process_now
         worker.process_task = process_when_there_is_room
 
     def start(self, worker: Any) -> None:
@@ -145,11 +155,18 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         )
         self.limits = Limits(self._groups)
         self.node = WorkerNode(
-            self._settings, self._root, self.writer, self.claimant, self.limits, self._leave
+            self._settings,
+            self._root,
+            self.writer,
+            self.claimant,
+            self.limits,
+            self._trays,
+            self._leave,
         )
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish
         self.claimant.on_claim = self._note
+        self.claimant.on_start = self._process_now
         self.claimant.register()
         self.housekeeping = Housekeeping(self._settings)
         self.writer.start()
@@ -218,3 +235,12 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         except (redis.RedisError, OSError) as error:
             logger.warning("could not say goodbye, the lease runs out instead: %s", error)
         self._mark.remove()
+
+
+def _shared_processes(worker: Any) -> int:
+    """How many processes of its pool may be handed several jobs at once."""
+    if not has_processes(worker.pool) or not worker.pool.forking_enable:
+        return 0
+    if worker.max_tasks_per_child or worker.time_limit or worker.soft_time_limit:
+        return 0  # These count, and end, what the pool is handed.
+    return int(worker.max_concurrency or worker.concurrency)

@@ -219,7 +219,7 @@ class TestRejoining:
 
     def run(self, claimant: Claimant, claim_id: str) -> None:
         """The pool takes it."""
-        claimant.start(claim_id, lambda: None)
+        claimant.start(claim_id, None)
         claimant.begin(claim_id)
 
     @pytest.mark.parametrize("key", ["k", None])

@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         elif tag in self.key_of and not claimed.settled:
             assert claimed.key == self.key_of[tag], "it runs without its lock"
         worker.running[claim_id] = tag
-        worker.claimant.start(claim_id, lambda: None)
+        worker.claimant.start(claim_id, None)
         key = self.key_of.get(tag) or claimed.key
         if key and not claimed.settled:
             self.running_key[claim_id] = key

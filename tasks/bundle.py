@@ -1,0 +1,282 @@
+"""Several short jobs handed to one process of the pool in one message, and run one after another.
+
+What a job costs Celery's pool (two writes, two reads, the turns of the event loop between them) is
+then paid once for all of them. Nothing else changes for a job:
+
+- Its outcome is laid into shared memory as it ends. A process that dies takes with it the job that
+  it was at, as ever, and none that had ended.
+- Each but the first has a turn, which either its process takes or the node takes back: an eventfd
+  counts them, and the kernel gives each to one. When a job turns out to be long, what ended before
+  it has its outcome within moments, and what stands behind it goes back and runs elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+from weakref import ref
+
+from billiard.einfo import ExceptionInfo
+from billiard.pool import MaybeEncodingError
+from celery.exceptions import TaskRevokedError
+from celery.utils.log import get_logger
+
+from broker.transport import current_claimant
+from tasks.family import Child
+from tasks.request import JobRequest, Traced, trace_job
+
+logger = get_logger(__name__)
+
+Ended = tuple[JobRequest, Traced, float]
+"""A request, what came of it, and its seconds."""
+
+_SIZE = 1 << 20
+_LENGTH = struct.Struct("=Q")
+
+
+class Tray:
+    """Memory and turns that one bundle shares with its process. Made before the pool is forked."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._memory = mmap.mmap(-1, _SIZE)
+        self._turns = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+
+    def lay_out(self, turns: int) -> None:
+        """Begin anew, with so many turns."""
+        self.take_turns_back()
+        _LENGTH.pack_into(self._memory, 0, 0)
+        if turns:
+            os.eventfd_write(self._turns, turns)
+
+    def take_turn(self) -> bool:
+        """Whether the next one may be begun."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._turns)
+            return True
+        return False
+
+    def take_turns_back(self) -> int:
+        """How many hadn't been taken; nobody takes them now."""
+        turns = 0
+        while self.take_turn():
+            turns += 1
+        return turns
+
+    def put(self, traced: Traced, took: float) -> bool:
+        """Lay down what came of the next one; False if there is no room for it."""
+        ended = pickle.dumps((traced, took), protocol=pickle.HIGHEST_PROTOCOL)
+        (length,) = _LENGTH.unpack_from(self._memory, 0)
+        begin = _LENGTH.size + length
+        if begin + len(ended) > _SIZE:
+            return False
+        self._memory[begin : begin + len(ended)] = ended
+        # Last: a process that dies before this hasn't ended the job.
+        _LENGTH.pack_into(self._memory, 0, length + len(ended))
+        return True
+
+    def take(self) -> list[tuple[Traced, float]]:
+        """What has come of those that have ended, in their order, and each one's seconds."""
+        (length,) = _LENGTH.unpack_from(self._memory, 0)
+        file = io.BytesIO(self._memory[_LENGTH.size : _LENGTH.size + length])
+        ended = []
+        while file.tell() < length:
+            ended.append(pickle.load(file))  # our own process wrote it
+        return ended
+
+
+class Trays:
+    """This node's trays, and the bundles that lie in them."""
+
+    def __init__(self, count: int) -> None:
+        self._guard = threading.Lock()
+        self._free = [Tray(number) for number in range(count)]
+        self.under_way: dict[int, Bundle] = {}
+        _trays.update((tray.number, tray) for tray in self._free)
+
+    def __bool__(self) -> bool:
+        return bool(self._free or self.under_way)
+
+    def take(self, bundle: Bundle) -> Tray | None:
+        """A free one, if there is any."""
+        with self._guard:
+            if not self._free:
+                return None
+            tray = self._free.pop()
+            self.under_way[tray.number] = bundle
+            return tray
+
+    def release(self, tray: Tray) -> None:
+        """Its bundle is over."""
+        with self._guard:
+            del self.under_way[tray.number]
+            self._free.append(tray)
+
+    def late(self, seconds: float) -> list[Bundle]:
+        """The bundles that have been in their process for longer than that."""
+        before = time.monotonic() - seconds
+        with self._guard:
+            return [bundle for bundle in self.under_way.values() if bundle.since < before]
+
+
+_trays: dict[int, Tray] = {}
+"""Inherited by the pool's processes."""
+
+
+class Bundle:
+    """Requests that share a process; to the worker it is one request."""
+
+    def __init__(
+        self,
+        requests: Sequence[JobRequest],
+        trays: Trays,
+        give_back: Callable[[JobRequest], object],
+    ) -> None:
+        """`give_back`: what becomes of one that hasn't begun."""
+        self._requests = list(requests)
+        self._trays = trays
+        self._give_back = give_back
+        self._guard = threading.Lock()
+        self._tray: Tray | None = None
+        self._taken = 0
+        self.since = time.monotonic()
+
+    def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
+        """Hand what is still to be run to the pool."""
+        self._requests = [request for request in self._requests if _is_ready(request)]
+        if not self._requests:
+            raise TaskRevokedError("all of a bundle")
+        self._tray = self._trays.take(self) if len(self._requests) > 1 else None
+        if self._tray is None:
+            # The pool has grown since the trays were made: one after another will do.
+            for request in self._requests:
+                request.hand_to(pool)
+            return None
+        self._tray.lay_out(len(self._requests) - 1)
+        result = pool.apply_async(
+            trace_bundle,
+            args=(self._tray.number, [request.pool_arguments for request in self._requests]),
+            accept_callback=self.on_accepted,
+            callback=self.on_success,
+            error_callback=self.on_failure,
+            correlation_id=self._requests[0].id,
+        )
+        for request in self._requests:
+            request._apply_result = None if result is None else ref(result)
+        return result
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """The process has it."""
+        child = Child(pid)
+        self.since = time.monotonic()
+        for request in self._requests:
+            request.child = child
+            request.on_accepted(pid, time_accepted)
+
+    def on_success(self, last: tuple[Traced, float] | None, **kwargs: Any) -> None:
+        """The process is through with it; `last`: what had no room in the tray."""
+        ended, rest, _ = self._look(is_over=True)
+        if last is not None:
+            ended.append((rest.pop(0), *last))
+        self._end(ended)
+        self._return(rest)
+
+    def on_failure(self, exc_info: Any, **kwargs: Any) -> None:
+        """The process was lost at one of them."""
+        ended, rest, turns = self._look(is_over=True)
+        self._end(ended)
+        unbegun = len(rest) - turns
+        for request in rest[:unbegun]:
+            _guarded(request, request.on_failure, exc_info)
+        self._return(rest[unbegun:])
+
+    def withdraw(self) -> None:
+        """One of them takes long: what has ended before it has its outcome, and what was to come
+        after it goes back.
+        """
+        ended, rest, turns = self._look(is_over=False)
+        unbegun = len(rest) - turns
+        claimant = current_claimant()
+        if claimant is not None and rest[:unbegun]:
+            claimant.pass_room([request.claim_id for request, *_ in ended], rest[0].claim_id)
+        self._end(ended)
+        self._return(rest[unbegun:])
+
+    def _look(self, *, is_over: bool) -> tuple[list[Ended], list[JobRequest], int]:
+        """Which have ended since the last look, which haven't, and of how many of these the turn
+        hasn't come, and won't. All of them are the caller's, but one that runs.
+        """
+        with self._guard:
+            tray, requests = self._tray, self._requests
+            if tray is None:
+                return [], [], 0
+            turns = tray.take_turns_back()
+            come = tray.take()[self._taken :]
+            ended = [(r, *what) for r, what in zip(requests, come, strict=False)]
+            rest = requests[len(ended) :]
+            self._taken += len(ended)
+            self._requests = rest[: len(rest) - turns]
+            if is_over:
+                self._tray = None
+                self._trays.release(tray)
+        return ended, rest, turns
+
+    def _end(self, ended: Sequence[Ended]) -> None:
+        for request, traced, took in ended:
+            request.took = took
+            _guarded(request, request.on_success, traced)
+
+    def _return(self, requests: Sequence[JobRequest]) -> None:
+        for request in requests:
+            if not request.acknowledged:
+                _guarded(request, self._give_back, request)
+
+
+def _is_ready(request: JobRequest) -> bool:
+    try:
+        request.check()
+    except TaskRevokedError:
+        return False
+    return True
+
+
+def _guarded(request: JobRequest, act: Callable[[Any], object], subject: Any) -> None:
+    # One that fails must not take those behind it along.
+    try:
+        act(subject)
+    except Exception:
+        logger.exception("%s[%s]: could not be ended", request.name, request.id)
+
+
+def trace_bundle(number: int, jobs: Sequence[tuple[Any, ...]]) -> tuple[Traced, float] | None:
+    """In the child: run them one after another, for as long as it is their turn."""
+    tray = _trays[number]
+    for at, arguments in enumerate(jobs):
+        if at and not tray.take_turn():
+            break
+        begun = time.perf_counter()
+        traced = trace_job(*arguments)
+        took = time.perf_counter() - begun
+        try:
+            fits = tray.put(traced, took)
+        except Exception as error:
+            # As the pool does for a single one.
+            fits = tray.put((1, _not_encoded(error, traced), 0.0, [], None), took)
+        if not fits:
+            return traced, took
+    return None
+
+
+def _not_encoded(error: Exception, traced: Traced) -> ExceptionInfo:
+    try:
+        raise MaybeEncodingError(error, traced[1])
+    except MaybeEncodingError:
+        return ExceptionInfo()
