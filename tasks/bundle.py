@@ -31,10 +31,11 @@ from celery.utils.log import get_logger
 
 from broker.transport import current_claimant
 from tasks.family import Child
-from tasks.request import JobRequest, Traced, trace_job
+from tasks.request import JobRequest, Traced, trace_early, trace_job
 
 logger = get_logger(__name__)
 
+Tracer = Callable[..., Traced]
 Ended = tuple[JobRequest, Traced, float]
 """A request, what came of it, and its seconds."""
 
@@ -117,8 +118,13 @@ class Trays:
     def release(self, tray: Tray) -> None:
         """Its bundle is over."""
         with self._guard:
-            del self.under_way[tray.number]
-            self._free.append(tray)
+            if self.under_way.pop(tray.number, None) is not None:
+                self._free.append(tray)
+
+    def lose(self, tray: Tray) -> None:
+        """Its process may still write into it: nobody gets it any more."""
+        with self._guard:
+            self.under_way.pop(tray.number, None)
 
     def late(self, seconds: float) -> list[Bundle]:
         """The bundles that have been in their process for longer than that."""
@@ -147,6 +153,9 @@ class Bundle:
         self._guard = threading.Lock()
         self._tray: Tray | None = None
         self._taken = 0
+        self._child: Child | None = None
+        self._accepted: tuple[int, float] | None = None
+        self._result: Callable[[], object | None] | None = None
         self.since = time.monotonic()
 
     def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
@@ -163,23 +172,26 @@ class Bundle:
         self._tray.lay_out(len(self._requests) - 1)
         result = pool.apply_async(
             trace_bundle,
-            args=(self._tray.number, [request.pool_arguments for request in self._requests]),
+            args=(self._tray.number, [_to_trace(request) for request in self._requests]),
             accept_callback=self.on_accepted,
             callback=self.on_success,
             error_callback=self.on_failure,
             correlation_id=self._requests[0].id,
         )
-        for request in self._requests:
-            request._apply_result = None if result is None else ref(result)
+        self._result = None if result is None else ref(result)
+        self._requests[0]._apply_result = self._result
         return result
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """The process has it."""
-        child = Child(pid)
+        """The process has it, and is at the first one."""
+        self._child = Child(pid)
+        self._accepted = (pid, time_accepted)
         self.since = time.monotonic()
-        for request in self._requests:
-            request.child = child
-            request.on_accepted(pid, time_accepted)
+        claimant = current_claimant()
+        if claimant is not None:
+            for request in self._requests[1:]:
+                claimant.begin(request.claim_id)  # It outlives a lost connection with the first.
+        self._accept(self._requests[0])
 
     def on_success(self, last: tuple[Traced, float] | None, **kwargs: Any) -> None:
         """The process is through with it; `last`: what had no room in the tray."""
@@ -195,6 +207,7 @@ class Bundle:
         self._end(ended)
         unbegun = len(rest) - turns
         for request in rest[:unbegun]:
+            self._accept(request)
             _guarded(request, request.on_failure, exc_info)
         self._return(rest[unbegun:])
 
@@ -202,13 +215,27 @@ class Bundle:
         """One of them takes long: what has ended before it has its outcome, and what was to come
         after it goes back.
         """
+        if self._accepted is None and not self._is_forgotten():
+            return  # It is on its way; who has begun is acknowledged first.
         ended, rest, turns = self._look(is_over=False)
         unbegun = len(rest) - turns
         claimant = current_claimant()
-        if claimant is not None and rest[:unbegun]:
-            claimant.pass_room([request.claim_id for request, *_ in ended], rest[0].claim_id)
+        if rest[:unbegun]:
+            if claimant is not None:
+                claimant.pass_room([request.claim_id for request, *_ in ended], rest[0].claim_id)
+            self._accept(rest[0])
         self._end(ended)
         self._return(rest[unbegun:])
+
+    def _is_forgotten(self) -> bool:
+        # The pool forgets what is on its way to a process when a connection is lost.
+        return self._result is not None and self._result() is None
+
+    def _accept(self, request: JobRequest) -> None:
+        """It has begun: a plain task is acknowledged now."""
+        if request.child is None and self._accepted is not None:
+            request.child = self._child
+            _guarded(request, lambda accepted: request.on_accepted(*accepted), self._accepted)
 
     def _look(self, *, is_over: bool) -> tuple[list[Ended], list[JobRequest], int]:
         """Which have ended since the last look, which haven't, and of how many of these the turn
@@ -227,17 +254,25 @@ class Bundle:
             if is_over:
                 self._tray = None
                 self._trays.release(tray)
+            elif self._is_forgotten():
+                self._trays.lose(tray)
         return ended, rest, turns
 
     def _end(self, ended: Sequence[Ended]) -> None:
         for request, traced, took in ended:
             request.took = took
+            request._terminate_on_ack = None  # Too late: its process is at another one by now.
+            self._accept(request)
             _guarded(request, request.on_success, traced)
 
     def _return(self, requests: Sequence[JobRequest]) -> None:
         for request in requests:
             if not request.acknowledged:
                 _guarded(request, self._give_back, request)
+
+
+def _to_trace(request: JobRequest) -> tuple[Tracer, tuple[Any, ...]]:
+    return trace_job if request.task.acks_late else trace_early, request.pool_arguments
 
 
 def _is_ready(request: JobRequest) -> bool:
@@ -259,11 +294,11 @@ def _guarded(request: JobRequest, act: Callable[[Any], object], subject: Any) ->
 def trace_bundle(number: int, jobs: Sequence[tuple[Any, ...]]) -> tuple[Traced, float] | None:
     """In the child: run them one after another, for as long as it is their turn."""
     tray = _trays[number]
-    for at, arguments in enumerate(jobs):
+    for at, (trace, arguments) in enumerate(jobs):
         if at and not tray.take_turn():
             break
         begun = time.perf_counter()
-        traced = trace_job(*arguments)
+        traced = trace(*arguments)
         took = time.perf_counter() - begun
         try:
             fits = tray.put(traced, took)

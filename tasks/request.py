@@ -168,11 +168,11 @@ class JobRequest(Request):  # type: ignore[misc]
     @property
     def may_share(self) -> bool:
         """Whether it may be handed to a process together with others: nobody ends it by itself."""
-        return (
-            bool(self.claim_id)
-            and getattr(self.task, "definition", None) is not None
-            and self.task.acks_late
-            and not self.needs_a_process
+        return bool(self.claim_id) and not (
+            self.needs_a_process
+            or any(self.time_limits)
+            or self.task.soft_time_limit
+            or self.task.time_limit
         )
 
     def check(self) -> None:

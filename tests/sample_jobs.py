@@ -174,6 +174,16 @@ def short_without_outcome(run: Run, folder: str, name: str) -> None:
         file.write(f"{os.getpid()}\n")
 
 
+@app.task(name="tests.sample_jobs.short_plain")  # type: ignore[untyped-decorator]
+def short_plain(folder: str, name: str, what: str = "") -> str:
+    """A plain task, acknowledged when it begins."""
+    with (Path(folder) / name).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    if what == "wait":
+        wait_for_file(f"{folder}/go")
+    return name
+
+
 @job
 def talk(run: Run, words: list[str]) -> None:
     for word in words:

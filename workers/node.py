@@ -40,6 +40,8 @@ logger = get_logger(__name__)
 _PAUSE = 1.0
 _A_MOMENT = 0.5
 """Seconds after which a claim that waits for its turn goes back."""
+_LONG = 0.05
+"""Seconds after which jobs that share a process do so no longer."""
 _LATER = 2
 """Seconds for which a job that this node can't run is out of its sight."""
 
@@ -67,6 +69,7 @@ class WorkerNode:
         self._leave = leave
         self._given_back: set[str] = set()
         self._stopped = threading.Event()
+        self._has_loop = True
 
     def record(self, outcome: Outcome) -> None:
         """Write a final outcome down, then announce it."""
@@ -116,8 +119,8 @@ class WorkerNode:
 
     def give_back_overdue(self) -> None:
         """What was claimed ahead for a moment and hasn't got its turn: others may have room."""
-        for bundle in self._trays.late(_A_MOMENT):
-            bundle.withdraw()
+        for bundle in self._trays.late(_LONG):
+            self._in_loop(bundle.withdraw)
         overdue = set(self._claimant.overdue(_A_MOMENT))
         if not overdue:
             return
@@ -130,6 +133,7 @@ class WorkerNode:
 
     def give_back_unbegun(self) -> None:
         """Nothing begins here any more: what hasn't is for others."""
+        self._has_loop = False
         for claim_id in self._claimant.overdue(0.0):
             if self._claimant.take_back(claim_id):
                 self._writer.give_back(claim_id, lost=False)
@@ -147,6 +151,14 @@ class WorkerNode:
                 # it goes back. Named, it would be held for ever: nobody is left to end it.
                 request.settle()
                 self._claimant.forget(request.claim_id)
+
+    def _in_loop(self, act: Callable[[], None]) -> None:
+        """Where a request's end is otherwise told, for as long as the worker's loop turns."""
+        loop = get_event_loop()
+        if self._has_loop and loop is not None:
+            loop.call_soon(act)
+        else:
+            act()
 
     def _aside(self, act: Callable[..., None], request: JobRequest, *arguments: Any) -> None:
         def run() -> None:

@@ -43,7 +43,8 @@ from workers.writer import Writer
 logger = get_logger(__name__)
 
 _FLUSH_SECONDS = 10.0
-_LOOK_EVERY = 0.25
+_SPARE_TRAYS = 8
+_LOOK_EVERY = 0.1
 """Seconds between two looks for what was claimed ahead and didn't get its turn."""
 
 
@@ -113,7 +114,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def create(self, worker: Any) -> None:
         """What is claimed begins when there is room for it."""
         process = worker.process_task
-        self._trays = Trays(_shared_processes(worker))
+        self._trays = Trays(_trays_for(worker))
 
         def process_when_there_is_room(request: Any) -> None:
             claim_id = request.claim_id if isinstance(request, JobRequest) else ""
@@ -237,10 +238,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._mark.remove()
 
 
-def _shared_processes(worker: Any) -> int:
-    """How many processes of its pool may be handed several jobs at once."""
+def _trays_for(worker: Any) -> int:
+    """How many of its pool's processes may be handed several jobs at once, and some more."""
     if not has_processes(worker.pool) or not worker.pool.forking_enable:
         return 0
     if worker.max_tasks_per_child or worker.time_limit or worker.soft_time_limit:
         return 0  # These count, and end, what the pool is handed.
-    return int(worker.max_concurrency or worker.concurrency)
+    return int(worker.max_concurrency or worker.concurrency) + _SPARE_TRAYS

@@ -128,3 +128,15 @@ def test_without_outcomes(folder: Path) -> None:
     jobs.short_without_outcome.submit_many(calls)
     wait_for(lambda: len(list(folder.glob("q*"))) == 50, "all of them", 20)
     assert {len(path.read_text().splitlines()) for path in folder.glob("q*")} == {1}
+
+
+def test_plain_tasks_too(fleet: Workers, worker: Worker, folder: Path) -> None:
+    plain = [jobs.short_plain.delay(str(folder), name) for name in names("p", 60)]
+    assert [result.get(timeout=20) for result in plain] == list(names("p", 60))
+    held = jobs.short_plain.delay(str(folder), "held", "wait")
+    wait_for((folder / "held").exists, "the long one", 20)
+    behind = [jobs.short_plain.delay(str(folder), name) for name in names("r", 20)]
+    (folder / "go").touch()
+    assert [result.get(timeout=20) for result in [held, *behind]] == ["held", *names("r", 20)]
+    wait_for(fleet.producer.is_quiet, "every claim, lock and parked job to be gone", 20)
+    assert {len(path.read_text().splitlines()) for path in folder.glob("[pr]*")} == {1}
