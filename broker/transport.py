@@ -23,11 +23,12 @@ from kombu.utils.json import loads
 from redis.exceptions import NoScriptError
 
 from broker import keys
-from broker.claimant import CLAIM_PREFIX, MOST_AT_ONCE, Claimant
+from broker.claimant import CLAIM_PREFIX, Claimant
 from broker.claims import Asking, Claimed, Claims
 from broker.needs import Needs
 from broker.producing import ProducingChannel, due_ms
 from broker.scripts import Scripts
+from broker.turns import MOST_AT_ONCE
 from errors import Refused
 
 logger = get_logger(__name__)

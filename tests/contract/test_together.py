@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-import broker.claimant
-from broker.claimant import MOST_TOGETHER, SHORT, Claimant
+import broker.turns
+from broker.claimant import Claimant
 from broker.needs import Needs
+from broker.turns import MOST_TOGETHER, SHORT
 from tests.broker_kit import QUEUE, Broker, describe, lists_of, tops_of
 
 
@@ -162,6 +163,6 @@ def test_a_bundle_that_takes_long_says_so_of_its_first(
         def monotonic() -> float:
             return begun + 1.0
 
-    monkeypatch.setattr(broker.claimant, "time", Later)
+    monkeypatch.setattr(broker.turns, "time", Later)
     node.claimant._what_fits()
     assert node.claimant._takes["short"] == pytest.approx(1.0)
