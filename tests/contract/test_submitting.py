@@ -25,9 +25,11 @@ from broker import keys
 from broker.retry import kept_retry
 from errors import BrokerFull
 from tasks.application import configuration
+from tasks.batches import App, Batch
+from tasks.composing import shown
 from tasks.job import JobTask
 from tasks.settings import Settings
-from tasks.submitting import App, Batch, Submitter
+from tasks.submitting import Submitter
 from tests.broker_kit import list_of
 from tests.fleets import wait_for
 from tests.redis_server import RedisServer
@@ -216,10 +218,8 @@ class TestItIsTheSameJob:
 
     @given(st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.none()), max_size=12))
     def test_what_is_shown_of_arguments(self, arguments: list[Any]) -> None:
-        from tasks import app
-
-        for shown in (arguments, tuple(arguments)):
-            assert app.submitter._shown(shown) == saferepr(shown, 1024)
+        for one in (arguments, tuple(arguments)):
+            assert shown(one) == saferepr(one, 1024)
 
     def test_within_a_task_it_is_that_tasks_child(
         self, app: App, add: JobTask, queues: Queues
