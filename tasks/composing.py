@@ -1,7 +1,7 @@
 """What a job's message says. Celery's own function builds it; of many alike it builds one.
 
-The others differ in id, arguments and key only, which are filled in. So are the events that tell
-of them.
+The others differ in id, arguments, key and place in their group only, which are filled in. So are
+the events that tell of them.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ TOLD = frozenset(
     ]
 )
 """Options that `as_task_v2` puts into the message."""
-_MARKS = ("id", "args", "kwargs", "body", "tag", "about", "clock", "timestamp")
+_MARKS = ("id", "args", "kwargs", "body", "tag", "about", "index", "clock", "timestamp")
 _PLAIN = frozenset((int, float, bool, type(None)))
 
-Compose = Callable[[str, Any, Any, dict[str, Any]], Put]
-"""Task id, arguments by position and by name, what `cohort` says -> the message."""
+Compose = Callable[[str, Any, Any, dict[str, Any], int | None], Put]
+"""Task id, arguments by position and by name, what `cohort` says, place in its group -> message."""
 
 
 class Composer:
@@ -121,9 +121,12 @@ class Composer:
         )
 
     def many(self, task: JobTask, options: Mapping[str, Any], queue: str) -> Compose:
-        """Composes the messages of many jobs that have all but id, arguments and key in common."""
+        """Composes the messages of many jobs that have all else in common."""
         marks = {name: f"{name} {uuid()}" for name in _MARKS}
-        one = self.one(task.name, (), {}, {}, {**options, "task_id": marks["id"]}, queue)
+        differs = {"task_id": marks["id"]}
+        if options.get("group_index") is not None:
+            differs["group_index"] = marks["index"]
+        one = self.one(task.name, (), {}, {}, {**options, **differs}, queue)
         message = json.loads(one.payload)
         embedded = json.dumps(json.loads(message["body"])[2])
         message["body"] = marks["body"]
@@ -139,7 +142,9 @@ class Composer:
         forward = self._app.clock.forward
         identity = one.identity.removeprefix(marks["id"])
 
-        def compose(task_id: str, args: Any, kwargs: Any, about: dict[str, Any]) -> Put:
+        def compose(
+            task_id: str, args: Any, kwargs: Any, about: dict[str, Any], index: int | None
+        ) -> Put:
             said = {
                 "id": encoded(task_id),
                 "args": encoded(self._shown(args)),
@@ -147,6 +152,7 @@ class Composer:
                 "body": encoded(f"[{encoded(args)}, {encoded(kwargs)}, {embedded}]"),
                 "tag": encoded(uuid()),
                 "about": encoded(about),
+                "index": str(index),
             }
             text = payload.filled(said)
             telling = ""

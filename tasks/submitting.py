@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from tasks.job import JobTask
 
 _SIMPLE = frozenset(("task_id", "producer"))
+_COMMON = ("group_id", "root_id", "parent_id", "reply_to")
+_OF_A_GROUP = _SIMPLE.union(_COMMON, ("group_index", "chord", "add_to_parent"))
+_ENOUGH = 2
+"""How many of a group are composed one by one before it pays to do it for all of them."""
 _HANDLED = TOLD | {"add_to_parent", "queue", "priority", "headers", "producer", "serializer"}
 
 _DECIDES = [
@@ -64,6 +68,8 @@ class Submitter:
         self._is_plain = False
         self._queues: dict[str, str | None] = {}
         self._composers: dict[tuple[str, str, bool], Compose] = {}
+        self._group: tuple[Any, Any, Compose] | None = None
+        """What the last group's jobs have in common, the chord they are of, and their composer."""
         self._composer: Composer
         self._channel: ProducingChannel
         self._errors: tuple[tuple[type[BaseException], ...], ...] = ((), ())
@@ -103,6 +109,7 @@ class Submitter:
     def _decide(self, conf: Any) -> None:
         self._queues = {}
         self._composers = {}
+        self._group = None
         policy = dict(conf.task_publish_retry_policy or {})
         policy.pop("retry_errors", None)
         self._retry_policy = policy if conf.task_publish_retry else None
@@ -169,19 +176,13 @@ class Submitter:
         if parent and not merged.get("parent_id"):
             merged["parent_id"] = parent.request.id
 
-        if parent is None and options.keys() <= _SIMPLE and merged["shadow"] is None:
-            # The usual `.delay()`: what it says beside its arguments, it said the last time.
-            name = (task.name, queue, task.ignore_result)
-            if name not in self._composers:
-                self._composers[name] = self._composer.many(task, merged, queue)
-            compose = self._composers[name]
-        else:
-
-            def compose(task_id: str, args: Any, kwargs: Any, about: dict[str, Any]) -> Put:
-                return self._composer.one(task.name, args, kwargs, about, merged, queue)
-
+        compose, index = self._composer_for(task, options, merged, queue), merged.get("group_index")
         try:
-            one = compose(task_id, args or (), kwargs or {}, about)
+            one = (
+                self._composer.one(task.name, args or (), kwargs or {}, about, merged, queue)
+                if compose is None
+                else compose(task_id, args or (), kwargs or {}, about, index)
+            )
         except (TypeError, ValueError) as error:
             raise EncodeError(str(error)) from error
         if not retry.keep(task_id, one):
@@ -195,6 +196,28 @@ class Submitter:
         if parent and merged.get("add_to_parent", True):
             parent.add_trail(result)
         return result
+
+    def _composer_for(
+        self, task: JobTask, options: Mapping[str, Any], merged: dict[str, Any], queue: str
+    ) -> Compose | None:
+        """Who composes messages such as this one; None if there may be no other."""
+        if merged["shadow"] is not None:
+            return None
+        name = (task.name, queue, task.ignore_result)
+        if options.keys() <= _SIMPLE and merged.get("root_id") is None:
+            # The usual `.delay()`: what it says beside its arguments, it said the last time.
+            if name not in self._composers:
+                self._composers[name] = self._composer.many(task, merged, queue)
+            return self._composers[name]
+        index, chord = merged.get("group_index"), merged.get("chord")
+        if not (options.keys() <= _OF_A_GROUP and type(index) is int and index >= _ENOUGH):
+            return None
+        common = (name, *map(merged.get, _COMMON))
+        # One of the group's own: another thread may be at another group.
+        group = self._group
+        if group is None or group[0] != common or group[1] is not chord:
+            self._group = group = (common, chord, self._composer.many(task, merged, queue))
+        return group[2]
 
     # Many.
 
@@ -220,7 +243,7 @@ class Submitter:
         compose = self._composer.many(task, merged, queue)
         jobs = zip(ids, calls, abouts, strict=True)
         while some := list(islice(jobs, A_SCRIPT)):
-            self.put([compose(task_id, *call, about) for task_id, call, about in some])
+            self.put([compose(task_id, *call, about, None) for task_id, call, about in some])
         return True
 
     def _merged(self, task: JobTask, options: Mapping[str, Any]) -> dict[str, Any] | None:

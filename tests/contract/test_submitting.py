@@ -202,6 +202,45 @@ class TestItIsTheSameJob:
         assert own.apply_async(queue="other", ignore_result=False).ignored is False
         assert len(queues.messages(list_of("other", 3))) == 1
 
+    def test_a_group_and_a_chord_say_what_celerys_say(
+        self, add: JobTask, total: JobTask, queues: Queues, went: list[str]
+    ) -> None:
+        def header(begins: str) -> group:
+            tasks = [add.s(n, b="x").set(task_id=f"{begins}-{n}") for n in range(6)]
+            tasks[4].link(total.s())
+            tasks[5] = total.s([1]).set(task_id=f"{begins}-5")
+            return group(tasks, task_id=begins)
+
+        def submit() -> None:
+            header("one").apply_async()
+            header("two").apply_async(parent_id="p", root_id="r")
+            first, second = total.s(), total.s([2])
+            for n, (group_id, body) in enumerate((("g", first), ("g", second), ("h", second))):
+                told: Any = {"group_id": group_id, "group_index": 2 + n, "chord": body}
+                add.apply_async((n,), task_id=f"{group_id}-{n}", **told)
+            for body in ("body", "another"):
+                chord(header(body))(total.s().set(task_id=f"{body}-of-it"))
+
+        def of_each() -> list[dict[str, Any]]:
+            """A chord's header has an id by chance."""
+            found = []
+            for message in map(said, queues.messages()):
+                text, group_id = json.dumps(message), message["headers"]["group"]
+                if len(group_id) == 36:
+                    text = text.replace(group_id, "by chance")
+                found.append(json.loads(text))
+            return found
+
+        submit()
+        straight = of_each()
+        queues.client.flushall()
+        with_receiver(submit)
+        assert went == ["straight"] * 27 + ["Celery's"] * 27
+        assert straight == of_each()
+        chords = [message["body"][2]["chord"] for message in straight[15:]]
+        bodies = [one["options"]["task_id"] for one in chords]
+        assert bodies == ["body-of-it"] * 6 + ["another-of-it"] * 6
+
     def test_many_say_what_one_says(self, add: JobTask, queues: Queues, went: list[str]) -> None:
         calls: list[tuple[Any, Any]] = [((), {}), ((1, '"x"\\'), {}), ([datetime.now()], {"b": 2})]
         options = {"queue": "many", "priority": 3, "headers": {"mine": "id"}, "time_limit": 5}
