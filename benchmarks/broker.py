@@ -225,6 +225,7 @@ def bench_backlog(arena: Arena, options: Options) -> None:
 def main() -> None:
     """Run what was asked for; everything by default."""
     from benchmarks import broker_faults as faults
+    from benchmarks.claimers import bench_claimers
 
     rows: dict[str, Callable[[Arena, Options], None]] = {
         "drain": bench_drain,
@@ -236,7 +237,7 @@ def main() -> None:
         "backlog": bench_backlog,
         "killed": faults.bench_killed,
         "healthy": faults.bench_healthy,
-        "claimers": faults.bench_claimers,
+        "claimers": lambda arena, options: bench_claimers(arena, options.rounds),
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

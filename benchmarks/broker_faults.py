@@ -1,14 +1,10 @@
-"""Rows of `benchmarks/broker.py` in which something goes wrong, and of the scripts alone."""
+"""Rows of `benchmarks/broker.py` in which something goes wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import multiprocessing
 import os
 import signal
-import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +13,9 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from benchmarks.contenders import PREFORK, STOCK, Arena
-from broker import keys
-from broker.claims import Asking
-from broker.producing import Put, Putter
-from broker.scripts import Scripts
 
 if TYPE_CHECKING:
     from benchmarks.broker import Options
-
-_CLAIMERS = 64
-_RATE = 5000
-_SECONDS = 6.0
 
 
 def _wait(fact: Callable[[], Any], seconds: float) -> Any:
@@ -119,80 +107,3 @@ def bench_healthy(arena: Arena, options: Options) -> None:
             "  a job of ten leases, 18 times every connection dropped, Redis killed once: started "
             f"{len(_starts(starts))} times, {result.state}"
         )
-
-
-def bench_claimers(arena: Arena, options: Options) -> None:
-    """In four processes: 64 of them on two cores would measure the machine's scheduler."""
-    arena.empty(PREFORK)
-    context = multiprocessing.get_context("spawn")
-    times: Any = context.Queue()
-    over = context.Event()
-    url = f"{arena.url}/0"
-    processes = [
-        context.Process(target=_claim_in_threads, args=(url, at, over, times)) for at in range(4)
-    ]
-    for process in processes:
-        process.start()
-    headers = {"id": "t", "task": "bench.noop", "cohort": {}}
-    text = json.dumps({"headers": headers, "body": "x" * 300})
-    with arena.client() as client:
-        _wait(lambda: client.zcard(keys.LEASES) == _CLAIMERS, 30)
-        client.config_resetstat()
-        putter = Putter(client)
-        begun, put = time.monotonic(), 0
-        while (passed := time.monotonic() - begun) < _SECONDS:
-            due = int(passed * _RATE) - put
-            if due >= 50:
-                putter.put([Put("celery", "celery", text, "")] * due)
-                put += due
-            time.sleep(0.005)
-        over.set()
-        taken = [took for _ in processes for took in times.get(timeout=30)]
-        for process in processes:
-            process.join()
-        left: Any = client.llen("celery")
-        scripts: Any = client.info("commandstats")["cmdstat_evalsha"]
-    cuts = statistics.quantiles(taken, n=1000)
-    print(
-        f"  {put / _SECONDS:,.0f} messages/s, {left} left, {len(taken) / _SECONDS:,.0f} claims/s: "
-        f"p50 {cuts[499] * 1000:.2f} ms, p99 {cuts[989] * 1000:.2f} ms; "
-        f"in Redis {scripts['usec_per_call']:.0f} us a script"
-    )
-
-
-def _claim_in_threads(url: str, at: int, over: Any, times: Any) -> None:
-    taken: list[float] = []
-    threads = [
-        threading.Thread(target=_claim_on, args=(url, f"bench-{at}-{number}", over, taken))
-        for number in range(_CLAIMERS // 4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    times.put(taken)
-
-
-def _claim_on(url: str, name: str, over: Any, taken: list[float]) -> None:
-    """One node's claims, each of a few messages, finished as soon as they are there."""
-    scripts = Scripts(redis.Redis.from_url(url))
-    member = f"{name}:life"
-    scripts.register(member, 60.0, json.dumps({"cpus": 8}))
-    room = [8, 1 << 33, 0]
-    node = json.dumps(
-        {"total": room, "spare": room, "labels": [], "slots": 8, "ahead": 0, "takes": {}}
-        | {"patience": 10_000}
-    )
-    first = 1
-    while not over.is_set():
-        asking = Asking(member, f"{name}-", first, 8, node, ["celery"], [("celery", "celery")], "9")
-        begun = time.perf_counter()
-        claims = scripts.claim(asking)
-        taken.append(time.perf_counter() - begun)
-        first += 8
-        if claims.claimed:
-            scripts.finish(member, [claimed.claim_id for claimed in claims.claimed])
-        else:
-            # An idle node waits for the bell.
-            scripts.client.brpop([keys.BELL], 0.1)
-    scripts.leave(member)

@@ -127,8 +127,7 @@ class Scripts:
         words: list[Any] = []
         for at in range(0, len(claim_ids), _A_SCRIPT):
             words += self._finish(
-                keys=[*_end_keys(member), keys.own_bell(member), keys.SETTLED, keys.EXPIRING],
-                args=list(claim_ids[at : at + _A_SCRIPT]),
+                keys=finish_keys(member), args=list(claim_ids[at : at + _A_SCRIPT])
             )
         return [word.decode() for word in words]
 
@@ -303,6 +302,11 @@ class Scripts:
         """Publish a task's state under a key, unless a final one stands there."""
         reply = self._announce(keys=[name], args=[1, int((expires or 0) * 1000), meta])
         return "announced" if reply[0] == b"announced" else "kept"
+
+
+def finish_keys(member: str) -> list[str]:
+    """Every key that the script touches which acknowledges claims."""
+    return [*_end_keys(member), keys.own_bell(member), keys.SETTLED, keys.EXPIRING]
 
 
 def _end_keys(member: str) -> list[str]:

@@ -13,9 +13,9 @@ from broker.journal import note_of
 from broker.producing import Put, note_with, remember_for
 from broker.transport import Qualities, qualify_with
 from errors import SettingsError
+from tasks.batches import App
 from tasks.journal import write_down
 from tasks.settings import Settings, current
-from tasks.submitting import App
 
 
 def _settings_or_exit() -> Settings:

@@ -45,26 +45,64 @@ end
 
 -- Asked a second time, since the first reply was lost: what it was then. --
 
-local any_lost = redis.call('HLEN', K.deliveries) > 0
+local any_lost
 local function told(number, claim)
+    if any_lost == nil then
+        any_lost = redis.call('EXISTS', K.deliveries) == 1
+    end
     local lost = any_lost and redis.call('HGET', K.deliveries, claim.task) or '0'
     local qualified = claim.bare == '1' and '0' or '1'
     return {number, claim.queue, claim.payload, lost, claim.key, qualified, claim.needs, claim.settled,
         claim.list}
 end
 
-local reply, ids = {'all'}, {}
-for i = 0, most - 1 do
-    ids[i + 1] = prefix .. string.format('%d', first + i)
+local reply, numbers, ids = {'all'}, {}, {}
+if redis.call('HLEN', K.claims) > most then
+    for i = 1, most do
+        numbers[i] = first + i - 1
+    end
+else  -- What it holds is fewer, and mostly nothing.
+    for _, id in ipairs(redis.call('HKEYS', K.claims)) do
+        local number = string.sub(id, 1, #prefix) == prefix and tonumber(string.sub(id, #prefix + 1))
+        if number and number >= first and number < first + most then
+            numbers[#numbers + 1] = number
+        end
+    end
+    table.sort(numbers)
 end
-for i, raw in ipairs(redis.call('HMGET', K.claims, unpack(ids))) do
+for i, number in ipairs(numbers) do
+    ids[i] = prefix .. string.format('%d', number)
+end
+for i, raw in ipairs(#ids > 0 and redis.call('HMGET', K.claims, unpack(ids)) or {}) do
     if raw then
-        reply[#reply + 1] = told(first + i - 1, decode(raw))
+        reply[#reply + 1] = told(numbers[i], decode(raw))
     end
 end
 if #reply > 1 then
     reply[1] = 'again'
     return reply
+end
+
+-- Mostly nothing is queued and nothing waits: then that was it. --
+
+local shortest
+for _, takes in pairs(node.takes) do
+    shortest = math.min(shortest or takes, takes)
+end
+local function is_busy()
+    return node.slots <= 0 and not (shortest and shortest <= node.ahead)
+end
+
+local function tell_what_is_spare()
+    local left = string.format('%d %d %d', node.spare[1], node.spare[2], node.spare[3])
+    if redis.call('HGET', K.spare, member) ~= left then
+        redis.call('HSET', K.spare, member, left)
+    end
+end
+
+if redis.call('EXISTS', K.ready, K.reserved, K.shapes, unpack(KEYS, OTHERS + 1)) == 0 then
+    tell_what_is_spare()
+    return {is_busy() and 'busy' or 'all'}
 end
 
 -- What this node has room for. --
@@ -149,9 +187,12 @@ local function take(claim)
     reply[#reply + 1] = told(number, claim)
 end
 
-local any_settled = redis.call('HLEN', K.settled) > 0
+local any_settled
 local just_settled = {}
 local function settle(claim)
+    if any_settled == nil then
+        any_settled = redis.call('EXISTS', K.settled) == 1
+    end
     if any_settled and claim.settled == '' then
         -- <ms> <why>
         claim.settled = string.match(redis.call('HGET', K.settled, claim.task) or '', '^%d+ (.*)$') or ''
@@ -187,13 +228,6 @@ local function admit_first(claim)
     admit(claim, '0')
 end
 
-local shortest
-for _, takes in pairs(node.takes) do
-    shortest = math.min(shortest or takes, takes)
-end
-local function is_busy()
-    return node.slots <= 0 and not (shortest and shortest <= node.ahead)
-end
 local function is_full()
     return #reply > most or is_busy()
 end
@@ -395,7 +429,7 @@ if #found > 0 then
     redis.call('HSET', K.claims, unpack(found))
     redis.call('HSET', K.claimed, unpack(index))
 end
-redis.call('HSET', K.spare, member, string.format('%d %d %d', node.spare[1], node.spare[2], node.spare[3]))
+tell_what_is_spare()
 if #reply > most or looked >= 200 then
     reply[1] = 'again'
 elseif is_busy() then

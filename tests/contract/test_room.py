@@ -203,6 +203,15 @@ class TestKeepingRoom:
         assert ask(broker, free(patience=0), member=OTHER, most=1) == ["big"]
         assert ask(broker, free(1, 10, 1, patience=0)) == ["small"]
 
+    def test_it_ran_elsewhere_and_nothing_else_waits(self, broker: Broker) -> None:
+        put(broker, "big", Needs(2, 2))
+        for _ in range(2):
+            assert ask(broker, free(1, 10, 1, patience=0)) == []
+        assert broker.client.hexists(keys.RESERVED, NODE)
+        assert ask(broker, free(patience=0), member=OTHER) == ["big"]
+        assert ask(broker, free(1, 10, 1, patience=0)) == []
+        assert not broker.client.exists(keys.RESERVED)
+
     def test_before_its_time_nobody_keeps_room(self, broker: Broker) -> None:
         put(broker, "big", Needs(2, 2))
         assert ask(broker, free(1, 10, 1, patience=60_000)) == []

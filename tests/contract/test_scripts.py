@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import redis
 
 from broker import keys
-from broker.claims import Claimed
+from broker.claims import Claimed, Claims
 from broker.sources import sha_of, source
 from errors import BrokerFull
-from tests.broker_kit import QUEUE, Broker, message
+from tests.broker_kit import QUEUE, Broker, message, node_json
 from tests.redis_server import RedisServer
 
 NODE = "node-1:aaaa"
@@ -187,14 +187,36 @@ class TestClaim:
         assert broker.drain(NODE) == ["soon", "there"]
         assert broker.client.zcard(name) == 1
 
-    def test_asked_twice_it_answers_the_same(self, broker: Broker) -> None:
+    @pytest.mark.parametrize("held", [0, 1, 60])
+    def test_asked_twice_it_answers_the_same(self, broker: Broker, held: int) -> None:
         # As when the reply of the first was lost, and the client has tried again.
-        broker.put("one", "k")
-        broker.put("two")
-        first = broker.scripts.claim(broker.asking(NODE, first=7))
-        again = broker.scripts.claim(broker.asking(NODE, first=7))
-        assert again == first
-        assert broker.take(OTHER)[1] == "two"
+        for number in range(held):
+            broker.put(f"held-{number}")
+        assert len(broker.ask_for(held or 1, NODE).claimed) == held
+        asked, brought = [], []
+        for first, keys_of in ((100, ["k", *[None] * 19]), (150, [None])):
+            for number, key in enumerate(keys_of):
+                broker.put(f"t{first + number}", key)
+            asked.append(broker.asking(NODE, first=first, most=50))
+            brought.append(broker.scripts.claim(asked[-1]))
+            assert len(brought[-1].claimed) == len(keys_of)
+        broker.put("another")
+        for asking, claims in zip(asked, brought, strict=True):
+            assert broker.scripts.claim(asking) == Claims("again", claims.claimed)
+        assert broker.take(OTHER)[1] == "another"
+
+    def test_an_idle_node_that_looks_writes_nothing(self, broker: Broker) -> None:
+        assert broker.ask(NODE)[1] == "nothing"
+        before = broker.client.info("persistence")["rdb_changes_since_last_save"]
+        assert broker.ask(NODE)[1] == "nothing"
+        assert broker.client.info("persistence")["rdb_changes_since_last_save"] == before
+
+    def test_a_busy_node_that_looks_says_so_and_what_it_has_left(self, broker: Broker) -> None:
+        words: list[Literal["all", "busy"]] = ["all", "busy"]
+        for slots, spare, word in zip((1, 0), (3, 2), words, strict=True):
+            node = node_json((3, 10, 0), (spare, 10, 0), slots=slots)
+            assert broker.ask_for(1, NODE, node=node) == Claims(word, [])
+            assert broker.client.hget(keys.SPARE, NODE) == f"{spare} 10 0".encode()
 
     def test_an_owed_lock_that_somebody_took_is_waited_for(self, broker: Broker) -> None:
         broker.queues = ("a", "b")

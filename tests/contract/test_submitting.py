@@ -25,9 +25,11 @@ from broker import keys
 from broker.retry import kept_retry
 from errors import BrokerFull
 from tasks.application import configuration
+from tasks.batches import App, Batch
+from tasks.composing import shown
 from tasks.job import JobTask
 from tasks.settings import Settings
-from tasks.submitting import App, Batch, Submitter
+from tasks.submitting import Submitter
 from tests.broker_kit import list_of
 from tests.fleets import wait_for
 from tests.redis_server import RedisServer
@@ -200,6 +202,45 @@ class TestItIsTheSameJob:
         assert own.apply_async(queue="other", ignore_result=False).ignored is False
         assert len(queues.messages(list_of("other", 3))) == 1
 
+    def test_a_group_and_a_chord_say_what_celerys_say(
+        self, add: JobTask, total: JobTask, queues: Queues, went: list[str]
+    ) -> None:
+        def header(begins: str) -> group:
+            tasks = [add.s(n, b="x").set(task_id=f"{begins}-{n}") for n in range(6)]
+            tasks[4].link(total.s())
+            tasks[5] = total.s([1]).set(task_id=f"{begins}-5")
+            return group(tasks, task_id=begins)
+
+        def submit() -> None:
+            header("one").apply_async()
+            header("two").apply_async(parent_id="p", root_id="r")
+            first, second = total.s(), total.s([2])
+            for n, (group_id, body) in enumerate((("g", first), ("g", second), ("h", second))):
+                told: Any = {"group_id": group_id, "group_index": 2 + n, "chord": body}
+                add.apply_async((n,), task_id=f"{group_id}-{n}", **told)
+            for body in ("body", "another"):
+                chord(header(body))(total.s().set(task_id=f"{body}-of-it"))
+
+        def of_each() -> list[dict[str, Any]]:
+            """A chord's header has an id by chance."""
+            found = []
+            for message in map(said, queues.messages()):
+                text, group_id = json.dumps(message), message["headers"]["group"]
+                if len(group_id) == 36:
+                    text = text.replace(group_id, "by chance")
+                found.append(json.loads(text))
+            return found
+
+        submit()
+        straight = of_each()
+        queues.client.flushall()
+        with_receiver(submit)
+        assert went == ["straight"] * 27 + ["Celery's"] * 27
+        assert straight == of_each()
+        chords = [message["body"][2]["chord"] for message in straight[15:]]
+        bodies = [one["options"]["task_id"] for one in chords]
+        assert bodies == ["body-of-it"] * 6 + ["another-of-it"] * 6
+
     def test_many_say_what_one_says(self, add: JobTask, queues: Queues, went: list[str]) -> None:
         calls: list[tuple[Any, Any]] = [((), {}), ((1, '"x"\\'), {}), ([datetime.now()], {"b": 2})]
         options = {"queue": "many", "priority": 3, "headers": {"mine": "id"}, "time_limit": 5}
@@ -216,10 +257,8 @@ class TestItIsTheSameJob:
 
     @given(st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.none()), max_size=12))
     def test_what_is_shown_of_arguments(self, arguments: list[Any]) -> None:
-        from tasks import app
-
-        for shown in (arguments, tuple(arguments)):
-            assert app.submitter._shown(shown) == saferepr(shown, 1024)
+        for one in (arguments, tuple(arguments)):
+            assert shown(one) == saferepr(one, 1024)
 
     def test_within_a_task_it_is_that_tasks_child(
         self, app: App, add: JobTask, queues: Queues

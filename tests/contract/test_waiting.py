@@ -13,8 +13,8 @@ from celery.exceptions import TimeoutError as WaitedTooLong
 
 from tasks import waiting
 from tasks.application import configuration
+from tasks.batches import App
 from tasks.settings import Settings
-from tasks.submitting import App
 from tasks.waiting import OutcomeConsumer
 from tests.fleets import wait_for
 from tests.redis_server import RedisServer
