@@ -29,10 +29,11 @@ import redis
 
 from benchmarks.contenders import PREFORK, Arena
 from broker import keys
-from broker.claimant import MOST_AT_ONCE, Claimant, NodeDescription
+from broker.claimant import Claimant, NodeDescription
 from broker.producing import Put, Putter
 from broker.scripts import Scripts, finish_keys
 from broker.sources import sha_of, source
+from broker.turns import MOST_AT_ONCE
 
 _CLAIMERS = 64
 _RATE = 5000
