@@ -1,6 +1,6 @@
 """How a job travels, beside stock Celery, Huey, Dramatiq and taskiq, in alternating rounds.
 
-    .venv/bin/python -m benchmarks.broker [ROWS] [--rounds 3] [--jobs 2000] [--backlog 100000]
+    .venv/bin/python -m benchmarks.broker [ROWS] [--rounds 3] [--jobs 6000] [--backlog 100000]
 
 `drain`     no-ops queued beforehand, prefork of two: with outcomes, and ignoring them
 `best`      the same with the best pool of each, and every other queue
@@ -244,7 +244,7 @@ def main() -> None:
     )
     parser.add_argument("rows", nargs="*", metavar="ROWS", help=f"{', '.join(rows)} (all)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, default=6000)
     parser.add_argument("--backlog", type=int, default=100_000)
     parser.add_argument("--slow", action="store_true", help="stock also where it takes minutes")
     given = parser.parse_args()
