@@ -210,7 +210,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             )
 
         durable = bool(headers["cohort"].get("durable"))
-        self.writer.begin(claimed.claim_id, headers["id"], note, durable=durable)
+        keyed = bool(claimed.key)
+        self.writer.begin(claimed.claim_id, headers["id"], note, durable=durable, keyed=keyed)
 
     def stop(self, worker: Any) -> None:
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""
