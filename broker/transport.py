@@ -38,6 +38,7 @@ _SAFETY_POLL = 0.1
 
 
 _claimant: Claimant | None = None
+_on_handed_over: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ class Qualities:
 _qualities_of: Callable[[Mapping[str, Any]], Qualities] = lambda message: Qualities()  # noqa: E731
 
 
-def consume_as(claimant: Claimant | None) -> None:
-    """From now on this process claims on behalf of that node; None: it is no worker."""
-    global _claimant
-    _claimant = claimant
+def consume_as(
+    claimant: Claimant | None, on_handed_over: Callable[[], object] | None = None
+) -> None:
+    """From now on this process claims on behalf of that node; None: it is no worker.
+
+    `on_handed_over` is called when what one look brought has been handed to the worker.
+    """
+    global _claimant, _on_handed_over
+    _claimant, _on_handed_over = claimant, on_handed_over
 
 
 def current_claimant() -> Claimant | None:
@@ -251,6 +257,8 @@ class Channel(ProducingChannel):
                 if _claimant is not None:
                     _claimant.forget(one.claim_id)
             raise
+        if handed and _on_handed_over is not None:
+            _on_handed_over()
         return handed > 0
 
     def _hang_up(self) -> None:

@@ -206,7 +206,8 @@ class Writer:
             return gather
 
         while not is_last:
-            orders, is_last = _all_of(self._orders, None, how_long)
+            taken: tuple[list[_Order], bool] = _all_of(self._orders, None, how_long)
+            orders, is_last = taken
             # A single one goes at once. When several came together, more are on their way.
             gather = _GATHER if len(orders) > _A_FEW else 0.0
             outcomes = [order for order in orders if isinstance(order, Outcome)]
