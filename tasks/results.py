@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -33,6 +34,8 @@ from tasks.waiting import OutcomeConsumer, seldom
 
 LARGEST_RESULT = 8 << 20
 """Bytes of an encoded outcome."""
+_JUST_NOW = 0.05
+"""Seconds after its submission in which a job has mostly not ended."""
 
 
 def check_size(encoded: bytes | str) -> None:
@@ -328,8 +331,11 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
     def add_pending_result(
         self, result: Any, weak: bool | None = None, start_drainer: bool = True
     ) -> Any:
-        """Wait for a result. `get` (which names no `weak`) looks first: mostly it is there."""
-        if weak is None and result._cache is None:
+        """Wait for a result. `get` (which names no `weak`) looks first: mostly it is there, unless
+        it was submitted just now.
+        """
+        since = time.monotonic() - getattr(result, "submitted", 0.0)
+        if weak is None and result._cache is None and since > _JUST_NOW:
             meta = self.get_task_meta(result.id)
             if meta["status"] in states.READY_STATES:
                 result._maybe_set_cache(meta)

@@ -193,6 +193,7 @@ class Submitter:
 
         result = task.AsyncResult(task_id)
         result.ignored = merged["ignore_result"]
+        result.submitted = time.monotonic()
         if parent and merged.get("add_to_parent", True):
             parent.add_trail(result)
         return result
