@@ -177,7 +177,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.limits.start()
         record_with(self.writer.record)
         run_on(self.node)
-        consume_as(self.claimant, writing_at_once(worker.pool))
+        consume_as(self.claimant, writing_at_once(worker))
         self._gone = threading.Event()
         self._is_ending = False
         # From a thread: the loop of a solo pool stands still while a job runs.
