@@ -10,6 +10,7 @@ routes, exchanges, other serializers, stamps, expiry, another broker. No option 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any

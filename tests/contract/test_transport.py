@@ -15,8 +15,9 @@ import redis
 from kombu import Connection, Consumer, Exchange, Producer, Queue
 
 from broker import keys, transport
-from broker.claimant import CLAIM_PREFIX, MOST_AT_ONCE, Claimant
+from broker.claimant import CLAIM_PREFIX, Claimant
 from broker.transport import Qualities, Transport, consume_as, qualify_with
+from broker.turns import MOST_AT_ONCE
 from errors import BrokerFull, Refused
 from tests.broker_kit import QUEUE, Broker, list_of, message
 from tests.redis_server import RedisServer
