@@ -15,7 +15,7 @@ import hashlib
 import struct
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +26,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from broker import keys
+from broker.ahead import Ahead
 from broker.sources import sha_of, source
 from errors import Unavailable
 
@@ -111,6 +112,11 @@ class Index:
         self._names: dict[int, str] = {}
 
     @cached_property
+    def ahead(self) -> Ahead:
+        """Over which one thread announces, and another one hears what became of it."""
+        return Ahead(self.client)
+
+    @cached_property
     def _announce(self) -> str:
         return sha_of(source("announce"))
 
@@ -147,7 +153,19 @@ class Index:
         """Publish states, for so many seconds; the first final outcome of a task stands."""
         steps = [announcements[at : at + _A_STEP] for at in range(0, len(announcements), _A_STEP)]
         replies = self._run("announce", [self._announcing(some, seconds) for some in steps])
-        words = [word for reply in replies for word in reply]
+        return self._standings(announcements, [word for reply in replies for word in reply])
+
+    def announce_ahead(
+        self, one: Announcement, seconds: float
+    ) -> Callable[[], list[Standing]] | None:
+        """The same for one, without waiting: what is returned reads the reply, or raises what may
+        be announced again. None, and nothing sent: there's no connection for it now.
+        """
+        reply = self.ahead.send(self._announcing([one], seconds))
+        return None if reply is None else lambda: self._standings([one], reply())
+
+    @staticmethod
+    def _standings(announcements: Sequence[Announcement], words: Sequence[Any]) -> list[Standing]:
         standings = []
         for one, word in zip(announcements, words, strict=True):
             if isinstance(word, list):

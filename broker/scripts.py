@@ -306,7 +306,7 @@ class Scripts:
 
 def finish_keys(member: str) -> list[str]:
     """Every key that the script touches which acknowledges claims."""
-    return [*_end_keys(member), keys.own_bell(member), keys.SETTLED, keys.EXPIRING]
+    return [*_end_keys(member), keys.own_bell(member), keys.SETTLED, keys.EXPIRING, keys.SHAPES]
 
 
 def _end_keys(member: str) -> list[str]:

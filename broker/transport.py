@@ -2,7 +2,8 @@
 
 A producer's side and everything that isn't a task (events, broadcast, replies) is kombu's own
 Redis transport. In a worker, which has called `consume_as`, a channel claims: message, claim and
-lock move in one script. An idle worker blocks on the bell and looks again every 100 ms.
+lock move in one script. An idle worker blocks on the bell, at most for 100 ms, with its next claim
+already sent behind it: Redis runs that in the moment in which the bell wakes it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _SAFETY_POLL = 0.1
 
 
 _claimant: Claimant | None = None
+_on_handed_over: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,15 @@ class Qualities:
 _qualities_of: Callable[[Mapping[str, Any]], Qualities] = lambda message: Qualities()  # noqa: E731
 
 
-def consume_as(claimant: Claimant | None) -> None:
-    """From now on this process claims on behalf of that node; None: it is no worker."""
-    global _claimant
-    _claimant = claimant
+def consume_as(
+    claimant: Claimant | None, on_handed_over: Callable[[], object] | None = None
+) -> None:
+    """From now on this process claims on behalf of that node; None: it is no worker.
+
+    `on_handed_over` is called when what one look brought has been handed to the worker.
+    """
+    global _claimant, _on_handed_over
+    _claimant, _on_handed_over = claimant, on_handed_over
 
 
 def current_claimant() -> Claimant | None:
@@ -133,7 +140,10 @@ class Channel(ProducingChannel):
                 "give each fleet a Redis database of its own"
             )
         self._asked: Asking | None = None
+        self._turns_asked = 0
         self._idle = False
+        self._behind_bell = False
+        """Whether the bell's answer comes before the claim's."""
         self._busy = (-1, 0.0)
         self._refused = False
         self._scripts = Scripts(self._create_client())
@@ -146,8 +156,9 @@ class Channel(ProducingChannel):
         )
 
     def _brpop_start(self, timeout: float | None = None) -> None:
+        self._drop_unanswered()
         if not self._claims():
-            self._idle = False  # What is read next is a message, not the bell.
+            self._idle = False
             super()._brpop_start(timeout)
             return
         assert _claimant is not None
@@ -156,23 +167,27 @@ class Channel(ProducingChannel):
             return
         if not self._idle and (_claimant.has_enough() or self._is_busy(_claimant)):
             return  # Asked again at a later turn of the loop: few looks that bring many.
-        self._drop_unanswered()
-        self._in_poll = self.client.connection
+        connection = self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
+        self._asked = self._ask(_claimant, queues)
+        self._turns_asked, self._behind_bell = _claimant.turns, self._idle
+        commands = [self._scripts.claim_command(self._asked)]
         if self._idle:
+            # It claims what there is room for now. What ends while it waits isn't counted, which
+            # makes it modest and never wrong; and it waits no longer than the safety poll.
             own = keys.own_bell(_claimant.member)
-            command: list[Any] = ["BRPOP", keys.BELL, own, _SAFETY_POLL]
-        else:
-            lists = [
-                (self._q_for_pri(queue, priority), queue)
-                for priority in self.priority_steps
-                for queue in queues
-            ]
-            tops = [top for top in self._tops for _ in queues]
-            most = self.qos.can_consume_max_estimate()
-            self._asked = _claimant.ask(MOST_AT_ONCE if most is None else most, queues, lists, tops)
-            command = self._scripts.claim_command(self._asked)
-        self.client.connection.send_command(*command)
+            commands.insert(0, ["BRPOP", keys.BELL, own, _SAFETY_POLL])
+        connection.send_packed_command(connection.pack_commands(commands))
+
+    def _ask(self, claimant: Claimant, queues: Sequence[str]) -> Asking:
+        lists = [
+            (self._q_for_pri(queue, priority), queue)
+            for priority in self.priority_steps
+            for queue in queues
+        ]
+        tops = [top for top in self._tops for _ in queues]
+        most = self.qos.can_consume_max_estimate()
+        return claimant.ask(MOST_AT_ONCE if most is None else most, queues, lists, tops)
 
     def _is_busy(self, claimant: Claimant) -> bool:
         """Whether no process was idle at the last look, and nothing has begun or ended since."""
@@ -186,24 +201,28 @@ class Channel(ProducingChannel):
         return [str(min(9, step - 1)) for step in after]
 
     def _brpop_read(self, **options: Any) -> bool:
-        if self._asked is None and not self._idle:
+        if self._asked is None:
             return bool(super()._brpop_read(**options))
+        if self._behind_bell and not self._bell_has_rung(**options):
+            raise Empty
         asked, self._asked = self._asked, None
         claims: Claims | None = None
         try:
-            reply = self._read_reply("BRPOP" if asked is None else "EVALSHA", **options)
-            if asked is None or reply is None:
+            reply = self._read_reply(**options)
+            if reply is None:
                 self._idle = False
             else:
                 claims = Claims.of(asked, reply)
-                # Whatever is put after that look has rung the bell.
-                self._idle = claims.word in ("all", "expelled")
+                # Whatever is put after that look has rung the bell. If it brought nothing to a node
+                # that has more room by now than it said, that room is worth a look of its own.
+                same = _claimant is not None and _claimant.turns == self._turns_asked
+                self._idle = claims.word in ("all", "expelled") and (same or bool(claims.claimed))
                 if claims.word == "busy" and _claimant is not None:
                     self._busy = (_claimant.turns, time.monotonic() + _SAFETY_POLL)
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
-            if asked is not None and _claimant is not None:
+            if _claimant is not None:
                 if claims is None:
                     _claimant.unanswered(asked)
                 else:
@@ -211,6 +230,20 @@ class Channel(ProducingChannel):
         if claims is None or not self._hand_over_all(claims.claimed):
             raise Empty
         return True
+
+    def _bell_has_rung(self, **options: Any) -> bool:
+        """Read the bell's answer. Whether the claim's is there as well, as it mostly is."""
+        connection = self.client.connection
+        try:
+            self.client.parse_response(connection, "BRPOP", **options)
+            self._behind_bell = False
+            return bool(connection.can_read(0))
+        except self.connection_errors:
+            self._hang_up()
+            raise
+        except redis.ResponseError:
+            self._behind_bell = False  # The claim behind it hears the same, and says so.
+            return bool(connection.can_read(0))
 
     def _hand_over_all(self, claimed: Sequence[Claimed]) -> bool:
         """Whether there was one for the worker."""
@@ -224,15 +257,20 @@ class Channel(ProducingChannel):
                 if _claimant is not None:
                     _claimant.forget(one.claim_id)
             raise
+        if handed and _on_handed_over is not None:
+            _on_handed_over()
         return handed > 0
 
-    def _read_reply(self, command: str, **options: Any) -> Any:
+    def _hang_up(self) -> None:
+        # The next look connects anew; the claim, if there was one, goes back.
+        self._idle = False
+        self.client.connection.disconnect()
+
+    def _read_reply(self, **options: Any) -> Any:
         try:
-            reply = self.client.parse_response(self.client.connection, command, **options)
+            reply = self.client.parse_response(self.client.connection, "EVALSHA", **options)
         except self.connection_errors:
-            # Disconnected, the next look connects anew; the claim, if there was one, goes back.
-            self._idle = False
-            self.client.connection.disconnect()
+            self._hang_up()
             raise
         except NoScriptError:
             self._scripts.load_claim()
@@ -245,8 +283,7 @@ class Channel(ProducingChannel):
             self._refused = True
             time.sleep(_SAFETY_POLL)
             return None
-        if command == "EVALSHA":
-            self._refused = False
+        self._refused = False
         return reply
 
     def _hand_over(self, claimed: Claimed) -> bool:

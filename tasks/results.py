@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import redis
 from celery import states
 from celery.backends.redis import RedisBackend
 from celery.result import AsyncResult
 from kombu.exceptions import EncodeError
 
-from broker.index import Announcement, Index, Placed
+from broker.index import Announcement, Index, Placed, Standing
 from broker.scripts import Scripts
 from errors import Damaged, Unavailable
 from storage.segments import Place, read_at
@@ -32,6 +34,8 @@ from tasks.waiting import OutcomeConsumer, seldom
 
 LARGEST_RESULT = 8 << 20
 """Bytes of an encoded outcome."""
+_JUST_NOW = 0.05
+"""Seconds after its submission in which a job has mostly not ended."""
 
 
 def check_size(encoded: bytes | str) -> None:
@@ -192,22 +196,31 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
         """The node's writer: decide and publish. What is to be written, which may be the outcome
         of an earlier run whose node died before it had written it.
         """
-        hot = float(self.app.conf.get("cohort_results_in_redis") or 300)
-        return self._announce(outcomes, hot)
+        standing = self._announce(outcomes, self._hot)
+        with suppress(redis.RedisError, OSError):
+            self.index.ahead.open()
+        return standing
+
+    def announce_ahead(self, outcome: Outcome) -> Callable[[], list[Outcome]] | None:
+        """The same for one, without waiting: what is returned says what is to be written, or raises
+        what `announce` may be tried after. None: nothing was sent.
+        """
+        if outcome.wants_file:
+            return None
+        heard = self.index.announce_ahead(_announcement(outcome), self._hot)
+        return None if heard is None else lambda: self._to_write([outcome], heard())
+
+    @cached_property
+    def _hot(self) -> float:
+        return float(self.app.conf.get("cohort_results_in_redis") or 300)
 
     def _announce(self, outcomes: Sequence[Outcome], seconds: float) -> list[Outcome]:
-        standings = self.index.announce(
-            [
-                Announcement(
-                    outcome.task_id,
-                    outcome.name,
-                    outcome.pushed,
-                    (outcome.state, _seconds(outcome.ends_at_ms)) if outcome.is_final else None,
-                )
-                for outcome in outcomes
-            ],
-            seconds,
-        )
+        standings = self.index.announce([_announcement(o) for o in outcomes], seconds)
+        return self._to_write(outcomes, standings)
+
+    def _to_write(
+        self, outcomes: Sequence[Outcome], standings: Sequence[Standing]
+    ) -> list[Outcome]:
         to_write = []
         for outcome, standing in zip(outcomes, standings, strict=True):
             if standing.word == "announced":
@@ -318,8 +331,11 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
     def add_pending_result(
         self, result: Any, weak: bool | None = None, start_drainer: bool = True
     ) -> Any:
-        """Wait for a result. `get` (which names no `weak`) looks first: mostly it is there."""
-        if weak is None and result._cache is None:
+        """Wait for a result. `get` (which names no `weak`) looks first: mostly it is there, unless
+        it was submitted just now.
+        """
+        since = time.monotonic() - getattr(result, "submitted", 0.0)
+        if weak is None and result._cache is None and since > _JUST_NOW:
             meta = self.get_task_meta(result.id)
             if meta["status"] in states.READY_STATES:
                 result._maybe_set_cache(meta)
@@ -343,6 +359,11 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
             on_message=on_message,
             **kwargs,
         )
+
+
+def _announcement(outcome: Outcome) -> Announcement:
+    final = (outcome.state, _seconds(outcome.ends_at_ms)) if outcome.is_final else None
+    return Announcement(outcome.task_id, outcome.name, outcome.pushed, final)
 
 
 def _seconds(ms: int) -> int:

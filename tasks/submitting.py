@@ -10,6 +10,7 @@ routes, exchanges, other serializers, stamps, expiry, another broker. No option 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -193,6 +194,7 @@ class Submitter:
 
         result = task.AsyncResult(task_id)
         result.ignored = merged["ignore_result"]
+        result.submitted = time.monotonic()
         if parent and merged.get("add_to_parent", True):
             parent.add_trail(result)
         return result

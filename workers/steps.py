@@ -38,6 +38,7 @@ from workers.housekeeping import Housekeeping
 from workers.limits import Limits
 from workers.node import WorkerNode
 from workers.orphans import end_those_of_dead_lives, leave_mark
+from workers.pipes import writing_at_once
 from workers.writer import Writer
 
 logger = get_logger(__name__)
@@ -176,7 +177,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.limits.start()
         record_with(self.writer.record)
         run_on(self.node)
-        consume_as(self.claimant)
+        consume_as(self.claimant, writing_at_once(worker))
         self._gone = threading.Event()
         self._is_ending = False
         # From a thread: the loop of a solo pool stands still while a job runs.
@@ -210,7 +211,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             )
 
         durable = bool(headers["cohort"].get("durable"))
-        self.writer.begin(claimed.claim_id, headers["id"], note, durable=durable)
+        keyed = bool(claimed.key)
+        self.writer.begin(claimed.claim_id, headers["id"], note, durable=durable, keyed=keyed)
 
     def stop(self, worker: Any) -> None:
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""

@@ -37,7 +37,9 @@ NOTED_AFTER = 1.0
 """Seconds after which a job that still runs is in the journal."""
 _LARGEST_BATCH = 1000
 _GATHER = 0.003
-"""Seconds in which outcomes are gathered while many come."""
+"""Seconds in which outcomes are gathered, to be written together; to be announced, if many come."""
+_APART = 0.001
+"""Seconds after which an outcome isn't one of many."""
 _A_FEW = 4
 """Orders, of which an outcome and the end of its claim are two."""
 
@@ -47,6 +49,11 @@ class Results(Protocol):
 
     def announce(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Decide and publish; what is to be written."""
+
+    def announce_ahead(self, outcome: Outcome) -> Callable[[], list[Outcome]] | None:
+        """The same for one, without waiting; what is returned says it, later and once. None:
+        nothing was done.
+        """
 
     def place(self, outcomes: Sequence[Outcome], places: Sequence[Place]) -> None:
         """Tell where they lie."""
@@ -87,6 +94,8 @@ class _Decided:
     orders: list[_Order]
     outcomes: list[Outcome]
     standing: list[Outcome]
+    heard: Callable[[], list[Outcome]] | None = None
+    """Says what is standing: it was announced ahead."""
 
 
 @dataclass
@@ -119,6 +128,11 @@ class Writer:
         self._announcer = essential_thread("cohort-announcer", self._announce)
         self._thread = essential_thread("cohort-writer", self._write)
         self._impatient = threading.Event()
+        self._guard = threading.RLock()  # A signal's handler may end jobs.
+        self._on_their_way = 0
+        """Orders that the announcer hasn't passed on yet: nothing may overtake them."""
+        self._last_recorded = 0.0
+        self._awaited: set[str] = set()
         self._unnoted: dict[str, _Begun] = {}
         self._noted: dict[str, str] = {}
 
@@ -136,20 +150,46 @@ class Writer:
 
     def record(self, outcome: Outcome) -> None:
         """A final outcome: to who waits for it, and to disk."""
-        self._orders.put(outcome)
+        now = time.monotonic()
+        with self._guard:
+            if not self._on_their_way and now > self._last_recorded + _APART:
+                # Who waits for a single one needn't wait for threads to wake.
+                heard = self._results.announce_ahead(outcome)
+                if heard is not None:
+                    self._decided.put(_Decided([outcome], [outcome], [], heard))
+                    self._last_recorded = now
+                    return
+            self._last_recorded = now
+        self._order(outcome)
+
+    def _order(self, order: _Order) -> None:
+        with self._guard:
+            if self._on_their_way or isinstance(order, Outcome):
+                self._on_their_way += 1
+                self._orders.put(order)
+            else:
+                self._decided.put(_Decided([order], [], []))
 
     def finish(self, claim_id: str, end: End = None) -> None:
         """A claim has ended; what was recorded before it is on disk when it is acknowledged."""
-        self._orders.put(_Finish(claim_id, end))
+        self._order(_Finish(claim_id, end))
 
     def give_back(self, claim_id: str, *, lost: bool) -> None:
         """A claim goes back to the front."""
-        self._orders.put(_GiveBack(claim_id, lost))
+        self._order(_GiveBack(claim_id, lost))
 
     def begin(
-        self, claim_id: str, task_id: str, note: Callable[[], Entry], *, durable: bool
+        self,
+        claim_id: str,
+        task_id: str,
+        note: Callable[[], Entry],
+        *,
+        durable: bool,
+        keyed: bool = False,
     ) -> None:
-        """A claim was taken: to be noted if it runs for a while."""
+        """A claim was taken: to be noted if it runs for a while. Others may wait for its key."""
+        if keyed:
+            self._awaited.update((claim_id, task_id))
         if durable:
             self._noted[claim_id] = task_id  # Its producer has noted it.
         else:
@@ -157,12 +197,16 @@ class Writer:
 
     def end(self, claim_id: str) -> None:
         """A job has ended and leaves no outcome."""
-        self._orders.put(_Ended(claim_id))
+        self._order(_Ended(claim_id))
 
     def _announce(self) -> None:
         is_last, gather = False, 0.0
+
+        def how_long(first: _Order) -> float:
+            return gather
+
         while not is_last:
-            taken: tuple[list[_Order], bool] = _all_of(self._orders, None, gather)
+            taken: tuple[list[_Order], bool] = _all_of(self._orders, None, how_long)
             orders, is_last = taken
             # A single one goes at once. When several came together, more are on their way.
             gather = _GATHER if len(orders) > _A_FEW else 0.0
@@ -173,14 +217,20 @@ class Writer:
                     break
                 reach("writer:after-announce")
             self._decided.put(decided)
+            with self._guard:
+                self._on_their_way -= len(orders)
         self._decided.put(None)
 
     def _write(self) -> None:
-        is_last = busy = False
+        is_last = False
         while not is_last:
             # It wakes by itself, too: a job that runs on is to be noted.
-            batch, is_last = _all_of(self._decided, NOTED_AFTER / 4, _GATHER if busy else 0.0)
-            busy = sum(len(decided.orders) for decided in batch) > _A_FEW
+            batch, is_last = _all_of(self._decided, NOTED_AFTER / 4, self._gather)
+            for decided in batch:
+                if decided.heard is not None:
+                    if not self._until_done("announce outcomes", self._hear, decided):
+                        return
+                    reach("writer:after-announce")
             orders = [order for decided in batch for order in decided.orders]
             work = _Work(
                 [outcome for decided in batch for outcome in decided.standing], self._notes(orders)
@@ -206,8 +256,9 @@ class Writer:
                     expires_ms = int((time.time() + self._keep) * 1000)
                     notes.append(Entry("ended", task_id, expires_ms, b""))
             elif isinstance(order, (_Finish, _GiveBack)):
-                self._unnoted.pop(order.claim_id, None)
-                self._noted.pop(order.claim_id, None)
+                begun = self._unnoted.pop(order.claim_id, None)
+                task_id = self._noted.pop(order.claim_id, None) if begun is None else begun.task_id
+                self._awaited.difference_update((order.claim_id, task_id or ""))
         due = time.monotonic() - NOTED_AFTER
         for begun in list(self._unnoted.values()):
             if begun.at > due:
@@ -216,6 +267,25 @@ class Writer:
             self._noted[begun.claim_id] = begun.task_id
             notes.append(begun.note())
         return notes
+
+    def _gather(self, decided: _Decided) -> float:
+        """For how long more may join it. The end of a key's claim is waited for, no other is."""
+        for order in decided.orders:
+            if self._awaited:
+                task_or_claim = order.task_id if isinstance(order, Outcome) else order.claim_id
+                if task_or_claim in self._awaited:
+                    return 0.0
+        return _GATHER
+
+    def _hear(self, decided: _Decided) -> None:
+        heard, decided.heard = decided.heard, None
+        try:
+            if heard is not None:
+                decided.standing = heard()
+                return
+        except redis.RedisError:
+            pass  # It may have been announced or not; said again, it is.
+        self._decide(decided)
 
     def _decide(self, decided: _Decided) -> None:
         # What is too large to be pushed is pushed as a reference, which must lead somewhere.
@@ -276,16 +346,16 @@ class Writer:
 
 
 def _all_of(
-    orders: queue.SimpleQueue[T | None], patience: float | None, gather: float
+    orders: queue.SimpleQueue[T | None], patience: float | None, gather: Callable[[T], float]
 ) -> tuple[list[T], bool]:
     """What is there, and whether that is the last of it; waits for the first, at most so long, and
-    `gather` seconds for more.
+    then for more, as long as `gather` says of the first.
     """
     batch: list[T] = []
     with contextlib.suppress(queue.Empty):
         order = orders.get(timeout=patience)
-        if gather:
-            time.sleep(gather)
+        if order is not None and (seconds := gather(order)):
+            time.sleep(seconds)
         while order is not None:
             batch.append(order)
             if len(batch) == _LARGEST_BATCH:

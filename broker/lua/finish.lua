@@ -10,12 +10,14 @@
 --       own bell    list        wakes this node: it has room         the woken, reap
 --       settled     hash        task id -> why it never ran          finish, sweep
 --       expiring    sorted set  task id -> when it is over, in ms    finish, the expiry
+--       shapes      hash        shape -> how many wait for a node    claim
 -- ARGV  claim ids, at most 200
 -- Returns for each 'finished', or 'superseded': it was reaped, another delivery decides.
 
 local K = {
     claims = KEYS[1], locks = KEYS[2], parked = KEYS[3], ready = KEYS[4], deliveries = KEYS[5],
     bell = KEYS[6], claimed = KEYS[7], own_bell = KEYS[8], settled = KEYS[9], expiring = KEYS[10],
+    shapes = KEYS[11],
 }
 local words, over = {}, {}
 for i, raw in ipairs(redis.call('HMGET', K.claims, unpack(ARGV))) do
@@ -36,7 +38,8 @@ end
 if #over > 0 and redis.call('EXISTS', K.expiring) == 1 then
     redis.call('ZREM', K.expiring, unpack(over))
 end
-if redis.call('LLEN', K.own_bell) == 0 then
+-- Only what waits for room has reason to look again: all else has rung, or will.
+if redis.call('EXISTS', K.shapes) == 1 and redis.call('LLEN', K.own_bell) == 0 then
     redis.call('LPUSH', K.own_bell, '1')
 end
 return words

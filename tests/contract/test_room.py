@@ -63,11 +63,17 @@ class TestBatches:
         assert words == ["finished"] * 3 + ["superseded"] * 2
         assert not broker.audit().places()
 
-    def test_what_ends_wakes_its_node(self, broker: Broker) -> None:
+    @pytest.mark.parametrize("something_waits", [True, False])
+    def test_what_ends_wakes_its_node_if_something_waits_for_room(
+        self, broker: Broker, something_waits: bool
+    ) -> None:
         broker.put("t")
         claim_id, _ = broker.take(NODE)
+        if something_waits:
+            put(broker, "big", Needs(3))
+            assert ask(broker, free()) == []
         broker.finish(NODE, claim_id)
-        assert broker.client.llen(keys.own_bell(NODE)) == 1
+        assert broker.client.llen(keys.own_bell(NODE)) == something_waits
 
     def test_two_of_one_key_in_one_batch(self, broker: Broker) -> None:
         broker.put("first", "k")

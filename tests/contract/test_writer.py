@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Log:
     def announce(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         self.say("announce " + " ".join(outcome.task_id for outcome in outcomes))
         return list(outcomes)
+
+    def announce_ahead(self, outcome: Outcome) -> Callable[[], list[Outcome]] | None:
+        return None
 
     def place(self, outcomes: Sequence[Outcome], places: Sequence[Place]) -> None:
         self.say("place " + " ".join(outcome.task_id for outcome in outcomes))
