@@ -48,6 +48,9 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
         self._unheard: dict[str, None] = {}
         self._heard = 0
         self._looked_at = 0.0
+        self._eager: list[None] = []
+        """One for each wait that is for all that is unheard, as far as we know."""
+        self._rests_until = 0.0
 
     def start(self, initial_task_id: str, **kwargs: Any) -> None:
         """Begin to listen."""
@@ -80,11 +83,12 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
 
     def drain_events(self, timeout: float | None = None) -> None:
         """Take what has been pushed; with nothing to take, wait for it."""
-        if self._unheard and self._hear():
+        eager = bool(self._eager)
+        if self._unheard and (eager or time.monotonic() >= self._rests_until) and self._hear():
             return
         heard = self._heard
         super().drain_events(timeout)
-        if heard == self._heard and self._unheard:
+        if eager and heard == self._heard and self._unheard:
             self._glance()
 
     def on_state_change(self, meta: Any, message: Any) -> None:
@@ -98,7 +102,7 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
         """Subscribe to some of what is unheard. How many of them had ended."""
         # Looked at before: who has ended needn't be subscribed to; and after: or its end between
         # the look and the subscription would never be heard of.
-        before = self._heard
+        before, begun = self._heard, time.monotonic()
         while self._unheard and len(self.subscribed_to) <= _AT_ONCE:
             some = self._next_unheard()
             self._look_at(some)
@@ -107,6 +111,7 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
                 self._listen_to(some)
                 self._look_at(some)
         self._looked_at = time.monotonic()
+        self._rests_until = self._looked_at + _SHARE * (self._looked_at - begun)
         return self._heard - before
 
     def _next_unheard(self) -> list[str]:
@@ -177,9 +182,15 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
     def _wait_for_pending(self, result: Any, on_message: Any = None, **kwargs: Any) -> Any:
         # Celery looks first, and it is while we look that the first word may come.
         before, self.on_message = self.on_message, on_message
+        # Who waits for a chord or a chain waits for its last task only. What comes before that is
+        # attended to as well, but 10,000 results of a header cost more than all the rest.
+        is_last = isinstance(result, AsyncResult) and result.parent is not None
+        eager = [] if is_last else [None]
+        self._eager += eager
         try:
             yield from super()._wait_for_pending(result, on_message=on_message, **kwargs)
         finally:
+            del self._eager[: len(eager)]
             self.on_message = before
 
     def _be_heard(self, patience: float) -> None:
@@ -243,7 +254,7 @@ def seldom(act: Callable[[], object]) -> Callable[[], None]:
     """Celery calls it after each message, and for a group it asks for every task that hasn't
     ended: n messages, n questions each. From here on it is called as often as it is cheap.
     """
-    next_at = 0.0
+    next_at = time.monotonic() + _LEAST_PAUSE  # Celery has just done it.
 
     def act_if_due() -> None:
         nonlocal next_at

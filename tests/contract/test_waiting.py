@@ -141,6 +141,29 @@ def test_one_result_is_waited_for_before_a_group(app: App, elsewhere: App) -> No
     assert not group.ready()
 
 
+def test_who_waits_for_a_chord_hears_little_of_its_header(
+    app: App, elsewhere: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = 0
+    hear = OutcomeConsumer._hear
+
+    def counted(self: Any) -> int:
+        nonlocal heard
+        heard += 1
+        return hear(self)
+
+    monkeypatch.setattr(OutcomeConsumer, "_hear", counted)
+    monkeypatch.setattr(waiting, "_SHARE", 1_000_000)
+    group = group_of(app)
+    body = app.AsyncResult(f"t{COUNT}", parent=group)
+    thread = threading.Thread(target=end, args=(elsewhere, *range(COUNT + 1)))
+    thread.start()
+    assert body.get(timeout=20) == COUNT
+    thread.join()
+    assert heard == 1
+    assert group.get(timeout=20) == list(range(COUNT))
+
+
 def test_parents_are_asked_about_together(
     app: App, elsewhere: App, redis_server: RedisServer
 ) -> None:
