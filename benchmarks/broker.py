@@ -8,7 +8,8 @@
 `submit`    `.delay()` one by one, a `group`, `submit_many`; nobody consumes
 `idle`      from `.delay()` to the end of `.get()`, one at a time
 `many`      a group and a chord of 10,000 from submit to `.get()`, and their producer's memory
-`backlog`   the rate with 1,000 jobs queued and with --backlog, and Redis's bytes a job
+`backlog`   the rate with 6,000 jobs queued, with --backlog, and with as many that wait for their
+            time; Redis's bytes a job
 `killed`    kill -9 of a node in a long job, lease 10 s; a notice (SIGTERM); --slow: stock as well
 `healthy`   a job of ten leases under dropped connections, a restarted Redis and reapers
 `claimers`  64 light claimers on one Redis at 5,000 messages a second
@@ -207,19 +208,30 @@ def bench_many(arena: Arena, options: Options) -> None:
 
 
 def bench_backlog(arena: Arena, options: Options) -> None:
-    each = 0.0
-    found: dict[str, list[float]] = {"1,000 queued": [], f"{options.backlog:,} queued": []}
+    few, many = 6000, options.backlog
+    # (queued, waiting for their time)
+    rows = {
+        f"{few:,} queued": (few, 0),
+        f"{many:,} queued": (many, 0),
+        f"{few:,} queued, {many:,} not due": (few, many),
+    }
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    bytes_each: dict[str, float] = {}
     for _ in range(options.rounds):
-        for name, count in zip(found, (1000, options.backlog), strict=True):
+        for name, (queued, later) in rows.items():
             arena.empty(PREFORK)
             with arena.client() as client:
                 before = client.info("memory")["used_memory"]
-                arena.fill(PREFORK, count)
-                each = (client.info("memory")["used_memory"] - before) / count
+                arena.fill(PREFORK, queued)
+                if later:
+                    arena.fill(PREFORK, later, delayed=True)
+                now = client.info("memory")["used_memory"]
+                bytes_each[name] = (now - before) / (queued + later)
             with arena.running(PREFORK):
-                found[name].append(arena.ran.rate(100, 900, PATIENCE))
-    compare(found, "1,000 queued")
-    print(f"  Redis holds {each:,.0f} bytes a queued no-op")
+                found[name].append(arena.ran.rate(few // 20, few * 9 // 10, PATIENCE))
+    compare(found, f"{few:,} queued")
+    for name, each in bytes_each.items():
+        print(f"  {name}: Redis holds {each:,.0f} bytes each")
 
 
 def main() -> None:

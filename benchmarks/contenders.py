@@ -91,9 +91,12 @@ class Arena:
             client.flushdb()
         self.ran.clear()
 
-    def fill(self, contender: Contender, count: int, results: bool = True) -> None:
+    def fill(
+        self, contender: Contender, count: int, results: bool = True, *, delayed: bool = False
+    ) -> None:
         """Queue so many, from a process of its own."""
-        module, function = f"{PACKAGE}.{contender.module}", contender.fills
+        module = f"{PACKAGE}.{contender.module}"
+        function = "fill_delayed" if delayed else contender.fills
         code = f"import {module} as queue; queue.{function}({count}, {results})"
         self.python(["-c", code], results)
 

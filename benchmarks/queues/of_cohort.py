@@ -42,6 +42,11 @@ def fill(count: int, results: bool = True) -> None:
     noop.submit_many((((n,), {}) for n in range(count)), ignore_result=not results)
 
 
+def fill_delayed(count: int, results: bool = True) -> None:
+    """Hand in so many that are due tomorrow."""
+    noop.submit_many((((n,), {}) for n in range(count)), countdown=86400)
+
+
 def fill_keyed(count: int, results: bool = True) -> None:
     """Queue so many over 1,000 keys."""
     keyed.submit_many(((n % 1000,), {}) for n in range(count))
