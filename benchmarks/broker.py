@@ -217,16 +217,18 @@ def bench_backlog(arena: Arena, options: Options) -> None:
     }
     found: dict[str, list[float]] = {name: [] for name in rows}
     bytes_each: dict[str, float] = {}
+    arena.empty(PREFORK)
+    with arena.client() as client:
+        before = client.info("memory")["used_memory"]
     for _ in range(options.rounds):
         for name, (queued, later) in rows.items():
             arena.empty(PREFORK)
+            arena.fill(PREFORK, queued)
+            if later:
+                arena.fill(PREFORK, later, delayed=True)
             with arena.client() as client:
-                before = client.info("memory")["used_memory"]
-                arena.fill(PREFORK, queued)
-                if later:
-                    arena.fill(PREFORK, later, delayed=True)
                 now = client.info("memory")["used_memory"]
-                bytes_each[name] = (now - before) / (queued + later)
+            bytes_each[name] = (now - before) / (queued + later)
             with arena.running(PREFORK):
                 found[name].append(arena.ran.rate(few // 20, few * 9 // 10, PATIENCE))
     compare(found, f"{few:,} queued")
