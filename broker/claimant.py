@@ -127,11 +127,18 @@ class Claimant(Turns):
         birth = self._birth
         self.register()
         words = self.scripts.adopt(self.member, running, emptied=birth != self._birth)
-        for one, word in zip(running, words, strict=True):
-            if word == "adopted":
-                with self._guard:
-                    if one.claimed.claim_id in self._held:
-                        self._known.add(one.claimed.claim_id)
+        with self._guard:
+            adopted = [
+                one.claimed.claim_id
+                for one, word in zip(running, words, strict=True)
+                if word == "adopted" and one.claimed.claim_id in self._held
+            ]
+            self._known.update(adopted)
+            early = [claim_id for claim_id in adopted if claim_id in self._early]
+        if early:
+            # They have begun, so they are acknowledged. Nobody else would do it: that was told the
+            # Redis, or the incarnation, that is gone.
+            self.finish_now(early)
 
     def leave(self) -> int:
         """End the lease and return what is left of its claims. How many went back."""

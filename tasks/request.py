@@ -8,14 +8,17 @@ recorded only once the child is dead and the log has been read.
 from __future__ import annotations
 
 import os
+import pickle
 from typing import Any, Protocol
 from weakref import ref
 
 from billiard.exceptions import Terminated, WorkerLostError
 from celery.app.trace import fast_trace_task
-from celery.exceptions import Reject, Retry, TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError, TimeLimitExceeded
 from celery.signals import task_revoked
 from celery.utils.log import get_logger
+from celery.utils.saferepr import saferepr
+from celery.utils.serialization import create_exception_cls, get_pickleable_exception
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
@@ -79,7 +82,7 @@ def trace_job(name: str, task_id: str, *args: Any, **kwargs: Any) -> Traced:
     """
     with collected_outcomes() as outcomes, kept_retry(task_id) as kept:
         failed, value, runtime = fast_trace_task(name, task_id, *args, **kwargs)
-    return failed, value, runtime, outcomes, kept.put
+    return failed, _readable(failed, value), runtime, outcomes, kept.put
 
 
 def trace_early(*args: Any, **kwargs: Any) -> Traced:
@@ -88,7 +91,27 @@ def trace_early(*args: Any, **kwargs: Any) -> Traced:
     """
     with collected_outcomes() as outcomes:
         failed, value, runtime = fast_trace_task(*args, **kwargs)
-    return failed, value, runtime, outcomes, None
+    return failed, _readable(failed, value), runtime, outcomes, None
+
+
+def _readable(failed: int, value: Any) -> Any:
+    """What the main process can read. An exception that can be pickled may be none that comes out
+    again, and Celery looks at those of failures only, not at why a task was rejected.
+    """
+    if not failed:
+        return value
+    try:
+        pickle.loads(pickle.dumps(value))  # our own, a moment ago
+    except Exception:
+        error = getattr(value.exception, "exc", value.exception)
+        if isinstance(error, Reject):
+            value.exception = Reject(saferepr(error.reason), error.requeue)
+        elif isinstance(error, Ignore):
+            value.exception = Ignore(saferepr(error))
+        else:
+            value.exception = get_pickleable_exception(error)
+        value.type = type(value.exception)
+    return value
 
 
 def _ends(failed: int, value: Any) -> bool:
@@ -299,6 +322,11 @@ class JobRequest(Request):  # type: ignore[misc]
             return
         if self.key is not None and (self.acknowledged or isinstance(error, TimeLimitExceeded)):
             return  # Its conclusion is on its way already, or `on_timeout` is called next.
+        if isinstance(error, MemoryError):
+            # Celery ends the worker for it, and then the next one that is given the job. It was the
+            # child that had no memory.
+            kind = type(error)
+            exc_info.exception = create_exception_cls(kind.__name__, kind.__module__)(*error.args)
         super().on_failure(exc_info, send_failed_event, return_ok)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:

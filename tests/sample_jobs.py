@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 
 from errors import Refused
 from tasks import Run, app, job
@@ -165,6 +165,10 @@ def short(run: Run, folder: str, name: str, what: str = "") -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "fail":
         raise ValueError(name)
+    if what == "memory":
+        raise MemoryError(name)
+    if what == "reject":
+        raise Reject(TwoWords(name, "no"), requeue=False)
     return "x" * (2 << 20) if what == "large" else name
 
 
@@ -182,6 +186,13 @@ def short_plain(folder: str, name: str, what: str = "") -> str:
     if what == "wait":
         wait_for_file(f"{folder}/go")
     return name
+
+
+class TwoWords(Exception):
+    """As many are that were never meant to be pickled."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
 
 
 @job

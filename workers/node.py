@@ -144,7 +144,8 @@ class WorkerNode:
             # A thread can't be ended. It runs on, and who else runs it may be first.
             return
         for request in running_requests():
-            if request.key is None:
+            # One that was acknowledged as it began runs nowhere else: ended, it would be lost.
+            if request.key is None and request.task.acks_late:
                 logger.error("%s[%s]: stopped, the lease is lost", request.name, request.id)
                 request.cancel(pool, signal="KILL", emit_retry=False)
                 # Should the lease live on after all, the next renewal doesn't name its claim, and

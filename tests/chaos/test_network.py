@@ -164,3 +164,27 @@ def test_a_keyless_run_that_was_stopped_begins_again(behind: Behind, tmp_path: P
     assert keyless.get(timeout=30) in {"node-1", "node-2"}
     assert len(list(traces.iterdir())) == 2
     wait_for(behind.producer.is_quiet, "nothing to be left")
+
+
+def test_a_plain_task_that_has_begun_is_not_stopped(behind: Behind, tmp_path: Path) -> None:
+    """It was acknowledged as it began: nobody would run it again."""
+    traces, go = tmp_path / "traces", tmp_path / "go"
+    traces.mkdir()
+    plain = jobs.short_plain.delay(str(tmp_path), "plain", "wait")
+    wait_for((tmp_path / "plain").exists, "the run to begin")
+    wait_for(behind.producer.is_quiet, "it to be acknowledged")
+    # So many that each node has one that is stopped.
+    keyless = [jobs.keyless_once.delay(str(traces), go=str(go)) for _ in range(3)]
+    wait_for(lambda: len(list(traces.iterdir())) == 3, "all of them to begin")
+    logs = [node.log for node in behind.producer.fleet.nodes]
+    behind.proxy.pause()
+    wait_for(
+        lambda: all("stopped, the lease is lost" in log.read_text() for log in logs),
+        "what is keyless to be stopped",
+    )
+    behind.proxy.resume()
+    go.touch()
+    assert plain.get(timeout=20) == "plain"
+    assert all(result.get(timeout=30) for result in keyless)
+    assert len((tmp_path / "plain").read_text().splitlines()) == 1
+    wait_for(behind.producer.is_quiet, "nothing to be left")

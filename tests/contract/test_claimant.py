@@ -258,6 +258,31 @@ class TestRejoining:
         assert claimant.finish_now([claim_id]) == ["finished"]
         assert claim(other)
 
+    @pytest.mark.parametrize("how", ["wiped", "told too late", "not told yet"])
+    def test_what_was_acknowledged_when_it_began_is_no_claim_again(
+        self, broker: Broker, redis_server: RedisServer, how: str
+    ) -> None:
+        claimant = broker.claimant("n")
+        broker.put("t")
+        claim_id = claim(claimant)
+        self.run(claimant, claim_id)
+        claimant.acknowledged_early(claim_id)
+        if how == "wiped":
+            claimant.finish_now([claim_id])
+            redis_server.wipe()
+        else:
+            broker.expire(claimant.member)
+            broker.scripts.reap(claimant.member)
+            if how == "told too late":
+                claimant.finish_now([claim_id])
+        assert claimant.renew() == "expelled"
+        claimant.rejoin()
+        assert not claimant.knows(claim_id)
+        assert not broker.audit().places()
+        assert claimant.running() == 1  # Its room is taken until it ends.
+        claimant.ended(claim_id)
+        assert claimant.running() == 0
+
     def test_what_had_not_begun_is_forgotten(self, broker: Broker) -> None:
         claimant = broker.claimant("n")
         broker.put("t")

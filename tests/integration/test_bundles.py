@@ -91,6 +91,22 @@ def test_who_dies_takes_none_of_the_others_along(folder: Path) -> None:
     assert {attempt for lines in runs.values() for _, _, attempt in lines} == {"1"}
 
 
+@pytest.mark.parametrize("what", ["memory", "reject"])
+@pytest.mark.parametrize("others", [0, 10], ids=["alone", "among others"])
+def test_how_one_ends_is_no_end_of_its_worker(
+    worker: Worker, folder: Path, what: str, others: int
+) -> None:
+    """Celery's own would end here: of a `MemoryError`, or for what can't be unpickled."""
+    results = submit(folder, {**names("a", others), "odd": what, **names("b", others)})
+    odd = results.pop("odd")
+    for name, result in results.items():
+        assert result.get(timeout=20) == name
+    wait_for(odd.ready, "its end", 20)
+    assert odd.state == "FAILURE"
+    assert len(runs_of(folder, "odd")) == 1
+    assert worker.pid in worker.processes
+
+
 def test_nothing_waits_behind_one_that_turns_out_to_be_long(
     fleet: Workers, worker: Worker, folder: Path
 ) -> None:
