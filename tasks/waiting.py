@@ -50,6 +50,8 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
         self._unheard: dict[str, None] = {}
         self._heard = 0
         self._looked_at = 0.0
+        self._unsure = False
+        """Whether the server hasn't said in time that it has heard of us."""
         self._eager: list[None] = []
         """One for each wait that is for all that is unheard, as far as we know."""
         self._rests_until = 0.0
@@ -153,7 +155,7 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
             if names:
                 with self.reconnect_on_error():
                     self._pubsub.subscribe(*names)
-                    self._be_heard(_LAST_WORD)
+                    self._be_heard(_LAST_WORD, names[-1])
 
     def _glance(self) -> None:
         """All that is listened to takes long: look at some that wait behind it, and send them to
@@ -234,8 +236,9 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
         except TimeoutError:
             raise WaitedTooLong("The operation timed out.") from None
 
-    def _be_heard(self, patience: float) -> None:
-        """Wait until the server has seen all that was sent on the connection of subscriptions.
+    def _be_heard(self, patience: float, last: Any = None) -> None:
+        """Wait until the server has seen all that was sent on the connection of subscriptions; its
+        word is its answer to the `last` of them, or else to a question.
 
         We look on another connection. What is announced after that look and before a subscription
         has arrived would be neither seen nor pushed, and who waits would wait for ever.
@@ -243,15 +246,21 @@ class OutcomeConsumer(ResultConsumer):  # type: ignore[misc]
         with self._locked():
             if self._pubsub is None or not self._pubsub.subscribed:
                 return
-            word, ends = uuid.uuid4().hex, time.monotonic() + patience
-            self._pubsub.ping(word)
+            if last is None or self._unsure:  # An answer may be to what was asked before.
+                last, kind = uuid.uuid4().hex.encode(), "pong"
+                self._pubsub.ping(last)
+            else:
+                kind = "subscribe"
+            self._unsure, ends = True, time.monotonic() + patience
+            self._pubsub.ignore_subscribe_messages = False
             while (left := ends - time.monotonic()) > 0:
                 message = self._pubsub.get_message(timeout=left)
                 if message is None:
                     continue
                 if message["type"] == "message":
                     self.on_state_change(self._decode_result(message["data"]), message)
-                elif message["type"] == "pong" and message["data"] == word.encode():
+                elif message["type"] == kind and last in (message["data"], message["channel"]):
+                    self._unsure = False
                     break
             self._pubsub_read.notify_all()
 
