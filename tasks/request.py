@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 from typing import Any, Protocol
 from weakref import ref
 
@@ -71,6 +72,20 @@ def run_on(node: Node | None) -> None:
 def has_processes(pool: Any) -> bool:
     """Whether a pool runs its jobs in processes that can be ended."""
     return "prefork" in type(pool).__module__
+
+
+_ATOMIC = select.PIPE_BUF
+"""Bytes that a pipe takes all at once or not at all."""
+
+
+def in_one_write(result: Any) -> Any:
+    """What the pool was just given goes to its process in one piece, if it is small. Celery writes
+    its length and then the rest, and wakes the process twice.
+    """
+    header, body, size = getattr(result, "_payload", None) or (b"", b"", _ATOMIC)
+    if len(header) + size <= _ATOMIC:
+        result._payload = memoryview(bytes(header) + bytes(body)), memoryview(b""), 0
+    return result
 
 
 Traced = tuple[int, Any, Any, list[Outcome], Put | None]
@@ -230,16 +245,18 @@ class JobRequest(Request):  # type: ignore[misc]
     def hand_to(self, pool: Any) -> Any:
         """Give it to a process of the pool."""
         hard, soft = self.time_limits
-        result = pool.apply_async(
-            trace_job if self.task.acks_late else trace_early,
-            args=self.pool_arguments,
-            accept_callback=self.on_accepted,
-            timeout_callback=self.on_timeout,
-            callback=self.on_success,
-            error_callback=self.on_failure,
-            soft_timeout=soft or self.task.soft_time_limit,
-            timeout=hard or self.task.time_limit,
-            correlation_id=self.id,
+        result = in_one_write(
+            pool.apply_async(
+                trace_job if self.task.acks_late else trace_early,
+                args=self.pool_arguments,
+                accept_callback=self.on_accepted,
+                timeout_callback=self.on_timeout,
+                callback=self.on_success,
+                error_callback=self.on_failure,
+                soft_timeout=soft or self.task.soft_time_limit,
+                timeout=hard or self.task.time_limit,
+                correlation_id=self.id,
+            )
         )
         self._apply_result = None if result is None else ref(result)
         return result

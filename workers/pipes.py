@@ -32,6 +32,6 @@ def writing_at_once(worker: Any) -> Callable[[], None] | None:
             if worker.consumer.event_dispatcher is not None:
                 worker.consumer.event_dispatcher.flush()
             # What the loop calls with the pipes that have room. One that hasn't is waited for.
-            hub.consolidate_callback(list(idle))
+            hub.consolidate_callback(list(idle)[: len(processes.outbound_buffer)])
 
     return write
