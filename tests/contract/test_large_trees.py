@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,7 +112,8 @@ def waiting_for_helpers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def waiting_in(pipe: int) -> int:
     count = array.array("i", [0])
-    fcntl.ioctl(pipe, termios.FIONREAD, count)
+    with suppress(OSError):  # Closed meanwhile: all of it was taken.
+        fcntl.ioctl(pipe, termios.FIONREAD, count)
     return count[0]
 
 
