@@ -17,6 +17,7 @@ from queue import Empty
 from typing import Any
 
 import redis
+from kombu.asynchronous import set_event_loop
 from kombu.log import get_logger
 from kombu.transport import redis as stock
 from kombu.transport import virtual
@@ -397,6 +398,9 @@ class Transport(stock.Transport):  # type: ignore[misc]
         """As kombu does it, except that a socket which the loop knows isn't told to it again at
         each of its turns: two system calls a turn, and a turn or two a job.
         """
+        # Kombu forgets the loop that it resets after a lost connection. Celery asks for it when it
+        # ends: what has ended is acknowledged by it while something else still runs.
+        set_event_loop(loop)
         before = set(loop.on_tick)
         super().register_with_event_loop(connection, loop)
         (stocks,) = set(loop.on_tick) - before

@@ -18,7 +18,6 @@ from celery.concurrency.prefork import _run_ready_callbacks
 from celery.platforms import EX_FAILURE
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
-from kombu.asynchronous import get_event_loop
 
 from broker.claimant import Claimant
 from broker.transport import current_claimant
@@ -58,8 +57,11 @@ class WorkerNode:
         limits: Limits,
         trays: Trays,
         leave: Callable[[], object],
+        loop: Any = None,
     ) -> None:
-        """`leave` ends the lease and gives every claim back."""
+        """`leave` ends the lease and gives every claim back. `loop` is the worker's event loop; of
+        the one that kombu tells of, nothing is left after a lost connection.
+        """
         self._settings = settings
         self._root = root
         self._writer = writer
@@ -67,6 +69,7 @@ class WorkerNode:
         self._limits = limits
         self._trays = trays
         self._leave = leave
+        self._loop = loop
         self._given_back: set[str] = set()
         self._stopped = threading.Event()
         self._has_loop = True
@@ -155,9 +158,8 @@ class WorkerNode:
 
     def _in_loop(self, act: Callable[[], None]) -> None:
         """Where a request's end is otherwise told, for as long as the worker's loop turns."""
-        loop = get_event_loop()
-        if self._has_loop and loop is not None:
-            loop.call_soon(act)
+        if self._has_loop and self._loop is not None:
+            self._loop.call_soon(act)
         else:
             act()
 
@@ -193,7 +195,8 @@ class WorkerNode:
 
     def _leave_at_once(self) -> None:
         # What has ended is acknowledged from the event loop, which a shutdown has stopped.
-        _run_ready_callbacks(get_event_loop())
+        if self._loop is not None:
+            _run_ready_callbacks(self._loop)
         self._leave()
         logging.shutdown()
         os._exit(EX_FAILURE)

@@ -126,16 +126,20 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 process(request)
 
         def process_now(requests: Sequence[JobRequest]) -> None:
-            if len(requests) == 1:
-                process(requests[0])
+            several = len(requests) > 1
+            job = Bundle(requests, self._trays, self.node.give_back) if several else requests[0]
+            # Room may have been made by any thread; the pool knows of one.
+            if worker.hub is None or threading.current_thread() is self._pools_thread:
+                process(job)
             else:
-                process(Bundle(requests, self._trays, self.node.give_back))
+                worker.hub.call_soon(process, job)
 
         self._process_now = process_now
         worker.process_task = process_when_there_is_room
 
     def start(self, worker: Any) -> None:
         """Join the fleet."""
+        self._pools_thread = threading.current_thread()
         self._labels = self._settings.labels
         if has_processes(worker.pool):
             self._labels += (PREFORK,)
@@ -164,6 +168,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self.limits,
             self._trays,
             self._leave,
+            worker.hub,
         )
         self.heartbeat = Heartbeat(self.claimant, lambda: self.node.stop_keyless(worker.pool))
         self.claimant.on_finish = self.writer.finish

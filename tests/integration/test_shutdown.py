@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from broker.nodes import list_nodes
 from tests import family_jobs
 from tests import sample_jobs as jobs
 from tests.fleets import wait_for
@@ -104,6 +105,42 @@ def test_soft_and_then_cold(workers: Workers, tmp_path: Path, pool: str) -> None
     if done is not None:
         assert (done.end(), done.runs) == ("leaving", 1)
     assert len(list(tmp_path.glob("claim-*"))) == 1
+
+
+def lose_connections(workers: Workers) -> None:
+    """Every node's, and wait until one claims again."""
+    assert jobs.add.delay(1, 1).get(timeout=20) == 2
+    workers.producer.client.client_kill_filter(_type="normal", skipme=True)
+    assert jobs.add.delay(1, 1).get(timeout=20) == 2
+
+
+def test_cold_after_a_lost_connection(workers: Workers, tmp_path: Path) -> None:
+    leaving = workers.start("leaving", "solo", cpus=1)
+    lose_connections(workers)
+    held = Held(tmp_path)
+    workers.start("staying", "prefork")
+    leaving.signal(signal.SIGQUIT)
+    held.wait_for_start()
+    assert held.end() == "staying"
+    leaving.wait()
+
+
+def test_what_ends_before_the_others_after_a_lost_connection(
+    workers: Workers, tmp_path: Path
+) -> None:
+    leaving = workers.start("leaving", "prefork", cpus=2)
+    lose_connections(workers)
+    first, last = Held(tmp_path), Held(tmp_path)
+    leaving.signal(signal.SIGTERM)
+    assert first.end() == "leaving"
+    known = workers.producer.client
+    wait_for(
+        lambda: any(i.pid == leaving.pid and i.running == 1 for i in list_nodes(known)),
+        "its acknowledgement",
+        20,
+    )
+    assert last.end() == "leaving"
+    assert leaving.wait() == 0
 
 
 def test_a_second_signal_makes_a_warm_shutdown_cold(workers: Workers, tmp_path: Path) -> None:
