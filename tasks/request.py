@@ -82,9 +82,11 @@ def in_one_write(result: Any) -> Any:
     """What the pool was just given goes to its process in one piece, if it is small. Celery writes
     its length and then the rest, and wakes the process twice.
     """
-    header, body, size = getattr(result, "_payload", None) or (b"", b"", _ATOMIC)
-    if len(header) + size <= _ATOMIC:
-        result._payload = memoryview(bytes(header) + bytes(body)), memoryview(b""), 0
+    payload = getattr(result, "_payload", None)  # Other pools have none.
+    if payload is not None:
+        header, body, size = payload
+        if len(header) + size <= _ATOMIC:
+            result._payload = memoryview(bytes(header) + bytes(body)), memoryview(b""), 0
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,3 +197,60 @@ def test_a_lost_connection_loses_no_outcome(
     thread.start()
     assert group.get(timeout=20) == list(range(50))
     thread.join()
+
+
+@pytest.mark.parametrize("just_now", [True, False])
+def test_who_waits_for_what_it_has_just_submitted_listens_before_it_looks(
+    app: App, elsewhere: App, monkeypatch: pytest.MonkeyPatch, just_now: bool
+) -> None:
+    did: list[str] = []
+    listen, look = OutcomeConsumer._listen_to, app.backend.get_task_meta
+
+    def listening(self: Any, task_ids: Any) -> None:
+        did.append("listen")
+        listen(self, task_ids)
+        end(elsewhere, 0, result="told")
+
+    def looking(task_id: str, **kwargs: Any) -> Any:
+        did.append("look")
+        return look(task_id, **kwargs)
+
+    monkeypatch.setattr(OutcomeConsumer, "_listen_to", listening)
+    monkeypatch.setattr(app.backend, "get_task_meta", looking)
+    result = app.AsyncResult("t0")
+    result.submitted = time.monotonic() - (0.0 if just_now else 60.0)
+    assert result.get(timeout=10) == "told"
+    # It has ended since it listens: the look after that sees it.
+    assert did == (["listen", "look"] if just_now else ["look", "listen", "look"])
+
+
+def test_a_submission_says_when_it_was(app: App) -> None:
+    @app.task(name="tests.noop")
+    def noop() -> None:
+        return None
+
+    before = time.monotonic()
+    assert before <= noop.delay().submitted <= time.monotonic()
+
+
+def test_a_word_that_came_too_late_is_no_answer_to_the_next_question(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = app.backend.result_consumer
+    consumer.start("t0")
+    monkeypatch.setattr("tasks.waiting._LAST_WORD", 0.0)
+    consumer._listen_to(["t1"])
+    assert consumer._unsure
+    asked: list[bytes] = []
+    ping = consumer._pubsub.ping
+
+    def noted(word: bytes) -> None:
+        asked.append(word)
+        ping(word)
+
+    monkeypatch.setattr(consumer._pubsub, "ping", noted)
+    monkeypatch.setattr("tasks.waiting._LAST_WORD", 10.0)
+    for name in ("t2", "t3"):
+        consumer._listen_to([name])
+        assert not consumer._unsure
+    assert len(asked) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from broker.claimant import End
 from errors import Unavailable
@@ -25,6 +26,7 @@ class Log:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.refusals: dict[str, int] = {}
+        self.can_be_told_ahead = False
 
     def say(self, what: str) -> None:
         word = what.partition(" ")[0]
@@ -38,7 +40,18 @@ class Log:
         return list(outcomes)
 
     def announce_ahead(self, outcome: Outcome) -> Callable[[], list[Outcome]] | None:
-        return None
+        if not self.can_be_told_ahead:
+            return None
+        self.say(f"ahead {outcome.task_id}")
+
+        def heard() -> list[Outcome]:
+            try:
+                self.say(f"heard {outcome.task_id}")
+            except ConnectionError:
+                raise redis.ConnectionError("lost") from None
+            return [outcome]
+
+        return heard
 
     def place(self, outcomes: Sequence[Outcome], places: Sequence[Place]) -> None:
         self.say("place " + " ".join(outcome.task_id for outcome in outcomes))
@@ -190,3 +203,97 @@ def test_notes_cause_no_writes_while_jobs_end(
         begin(writer, str(n))
     assert writer.stop(10)
     assert writes == []
+
+
+class TestAhead:
+    """A single outcome is announced by who hears of it."""
+
+    @pytest.fixture(autouse=True)
+    def ahead(self, log: Log) -> None:
+        log.can_be_told_ahead = True
+
+    def test_before_any_other_thread_wakes(
+        self, writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        append = writer._segment.append
+
+        def noting(entries: Sequence[Entry]) -> list[Place]:
+            log.say("append")
+            return append(entries)
+
+        monkeypatch.setattr(writer._segment, "append", noting)
+        writer.record(outcome("a"))
+        assert log.said == ["ahead a"]
+        writer.finish("a")
+        writer.start()
+        assert writer.stop(10)
+        # What became of it is heard before it is written, and it is written before it is finished.
+        assert log.said == ["ahead a", "heard a", "append", "place a", "finish a"]
+
+    def test_what_was_not_heard_is_announced_again(
+        self, writer: Writer, log: Log, tmp_path: Path
+    ) -> None:
+        log.refusals = {"heard": 1, "announce": 2}
+        writer.record(outcome("a"))
+        writer.finish("a")
+        writer.start()
+        wait_for(lambda: "finish a" in log.said, "its end", 10)
+        assert writer.stop(10)
+        assert log.said == ["ahead a", "announce a", "place a", "finish a"]
+        assert on_disk(tmp_path) == [("outcome", "a")]
+
+    def test_one_of_many_goes_with_the_others(
+        self, writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(writers, "_APART", 60.0)
+        for task_id in ("a", "b", "c"):
+            writer.record(outcome(task_id))
+        writer.start()
+        assert writer.stop(10)
+        assert log.said[0] == "ahead a"
+        assert "announce b c" in log.said
+
+    def test_nothing_overtakes_what_is_on_its_way(
+        self, writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log.can_be_told_ahead = False
+        log.refusals["announce"] = 20
+        writer.start()
+        writer.record(outcome("a"))
+        writer.finish("a")
+        log.can_be_told_ahead = True
+        time.sleep(2 * writers._APART)
+        writer.record(outcome("b"))
+        writer.finish("b")
+        wait_for(lambda: log.said and log.said[-1].startswith("finish"), "their ends", 10)
+        assert writer.stop(10)
+        said = " | ".join(log.said)
+        assert "ahead" not in said
+        assert said.index("announce a") < said.index("place a") < said.index("finish a")
+
+    def test_a_node_that_leaves_acknowledges_nothing_that_was_not_heard(
+        self, writer: Writer, log: Log
+    ) -> None:
+        log.refusals = {"heard": 1, "announce": 10**9}
+        writer.record(outcome("a"))
+        writer.finish("a")
+        writer.start()
+        assert not writer.stop(0.2)
+        wait_for(lambda: not writer._thread.is_alive(), "the writer to give up", 10)
+        assert log.said == ["ahead a"]
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_the_end_of_a_key_s_claim_waits_for_no_others(
+    writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch, keyed: bool
+) -> None:
+    monkeypatch.setattr(writers, "_GATHER", 0.5)
+    writer.start()
+    writer.begin("claim", "a", lambda: Entry("journal", "a", 0, b"x"), durable=False, keyed=keyed)
+    begun = time.monotonic()
+    writer.record(outcome("a"))
+    writer.finish("claim")
+    wait_for(lambda: "finish claim" in log.said, "its end", 10)
+    assert (time.monotonic() - begun < 0.45) == keyed
+    assert writer.stop(10)
+    assert not writer._awaited

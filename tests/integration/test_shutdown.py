@@ -7,6 +7,7 @@ The leases are a minute long: what starts again in these tests was given back.
 from __future__ import annotations
 
 import signal
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,29 @@ def test_warm(workers: Workers, tmp_path: Path, pool: str) -> None:
     assert leaving.wait() == 0
     assert nothing_of(leaving)
     assert (held.runs, len(list(traces.iterdir()))) == (1, 4)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_warm_with_a_claim_that_waits_behind_the_bell(
+    workers: Workers, tmp_path: Path, pool: str
+) -> None:
+    """What rings for it at the last moment runs, here or elsewhere, and once."""
+    leaving = workers.start("leaving", pool, cpus=2)
+    held = Held(tmp_path)  # It has a place free, and waits for the bell.
+    workers.start("staying", pool, cpus=1)
+    traces = tmp_path / "late"
+    traces.mkdir()
+    leaving.signal(signal.SIGTERM)
+    late: list[Any] = []
+    deadline = time.monotonic() + 20
+    while "Warm shutdown" not in leaving.log or len(late) < 50:
+        assert time.monotonic() < deadline
+        late.append(jobs.keyless_once.delay(str(traces)))
+        time.sleep(0.01)
+    assert {result.get(timeout=20) for result in late} >= {"staying"}
+    assert held.end() == "leaving"
+    assert leaving.wait() == 0
+    assert (held.runs, len(list(traces.iterdir()))) == (1, len(late))
 
 
 @pytest.mark.parametrize("pool", POOLS)
