@@ -75,6 +75,7 @@ class Turns:
         self._held: dict[str, Held] = {}
         self._waiting: deque[_Waiting] = deque()
         self._starting = False
+        self._begins_no_more = False
         self._running = 0
         self._takes: dict[str, float] = {}
         self._early: set[str] = set()
@@ -171,6 +172,11 @@ class Turns:
             self._waiting.append(_Waiting(claim_id, job, may_share))
         self._start_waiting()
 
+    def begin_no_more(self) -> None:
+        """The node ends: what waits for its turn won't get it."""
+        with self._guard:
+            self._begins_no_more = True
+
     def begin(self, claim_id: str) -> None:
         """The pool runs it: it outlives a lost connection."""
         with self._guard:
@@ -237,7 +243,7 @@ class Turns:
 
     def _next_to_start(self) -> list[Any]:
         with self._guard:
-            if self._waiting:
+            if self._waiting and not self._begins_no_more:
                 held = self._held.get(self._waiting[0].claim_id)
                 if held is None or self._may_start(held):
                     first = self._waiting.popleft()

@@ -222,6 +222,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def stop(self, worker: Any) -> None:
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""
         self._is_ending = True
+        self.claimant.begin_no_more()
         worker_shutdown.connect(self._leave, weak=False)
 
     def terminate(self, worker: Any) -> None:

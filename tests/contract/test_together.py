@@ -129,6 +129,14 @@ def test_who_goes_alone(node: Node, name: str, how: dict[str, Any]) -> None:
     assert node.begun[-1] == [last]
 
 
+def test_a_node_that_ends_begins_nothing(node: Node) -> None:
+    first, second = node.get("short", "short")
+    node.claimant.begin_no_more()
+    node.end(first, 0.0)
+    assert node.begun == [[first]]
+    assert node.claimant.overdue(0.0) == [node.ids[second]]
+
+
 def test_idle_processes_get_their_share(broker: Broker) -> None:
     node = Node(broker, slots=3)
     node.takes("short", SHORT / 100)

@@ -225,7 +225,7 @@ def test_who_waits_for_what_it_has_just_submitted_listens_before_it_looks(
 
 
 def test_a_submission_says_when_it_was(app: App) -> None:
-    @app.task(name="tests.noop")
+    @app.task(name="tests.noop")  # type: ignore[untyped-decorator]
     def noop() -> None:
         return None
 
