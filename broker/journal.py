@@ -43,17 +43,18 @@ def note_of(queue: str, list_name: str, message: str | bytes, due_ms: int | None
     """The note of a message; `ValueError` if it isn't a task's."""
     message = message if isinstance(message, str) else message.decode()
     headers = json.loads(message).get("headers") or {}
-    about = headers.get("cohort") or {}
     if not isinstance(headers.get("id"), str):
         raise ValueError("a message without a task id")
+    # It may be anybody's: what is claimed is noted, whatever else its headers are.
+    about, retries = headers.get("cohort"), headers.get("retries")
     return Note(
         task_id=headers["id"],
-        retries=int(headers.get("retries") or 0),
+        retries=retries if isinstance(retries, int) else 0,
         queue=queue,
         list=list_name,
         message=message,
         due_ms=due_ms,
-        durable=bool(about.get("durable")),
+        durable=isinstance(about, dict) and bool(about.get("durable")),
     )
 
 

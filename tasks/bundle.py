@@ -16,7 +16,6 @@ import io
 import mmap
 import os
 import pickle
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +39,8 @@ Ended = tuple[JobRequest, Traced, float]
 """A request, what came of it, and its seconds."""
 
 _SIZE = 1 << 20
-_LENGTH = struct.Struct("=Q")
+_BEGIN = 8
+"""Behind the length of all that lies there."""
 
 
 class Tray:
@@ -49,12 +49,14 @@ class Tray:
     def __init__(self, number: int) -> None:
         self.number = number
         self._memory = mmap.mmap(-1, _SIZE)
+        # Set in one step, whatever the other process reads meanwhile; `struct` writes zeros first.
+        self._length = memoryview(self._memory)[:_BEGIN].cast("Q")
         self._turns = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
 
     def lay_out(self, turns: int) -> None:
         """Begin anew, with so many turns."""
         self.take_turns_back()
-        _LENGTH.pack_into(self._memory, 0, 0)
+        self._length[0] = 0
         if turns:
             os.eventfd_write(self._turns, turns)
 
@@ -75,19 +77,19 @@ class Tray:
     def put(self, traced: Traced, took: float) -> bool:
         """Lay down what came of the next one; False if there is no room for it."""
         ended = pickle.dumps((traced, took), protocol=pickle.HIGHEST_PROTOCOL)
-        (length,) = _LENGTH.unpack_from(self._memory, 0)
-        begin = _LENGTH.size + length
+        length = self._length[0]
+        begin = _BEGIN + length
         if begin + len(ended) > _SIZE:
             return False
         self._memory[begin : begin + len(ended)] = ended
         # Last: a process that dies before this hasn't ended the job.
-        _LENGTH.pack_into(self._memory, 0, length + len(ended))
+        self._length[0] = length + len(ended)
         return True
 
     def take(self) -> list[tuple[Traced, float]]:
         """What has come of those that have ended, in their order, and each one's seconds."""
-        (length,) = _LENGTH.unpack_from(self._memory, 0)
-        file = io.BytesIO(self._memory[_LENGTH.size : _LENGTH.size + length])
+        length = self._length[0]
+        file = io.BytesIO(self._memory[_BEGIN : _BEGIN + length])
         ended = []
         while file.tell() < length:
             ended.append(pickle.load(file))  # our own process wrote it
@@ -160,9 +162,14 @@ class Bundle:
 
     def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
         """Hand what is still to be run to the pool."""
-        self._requests = [request for request in self._requests if _is_ready(request)]
+        asked, self._requests = self._requests, [r for r in self._requests if _is_ready(r)]
         if not self._requests:
             raise TaskRevokedError("all of a bundle")
+        claimant = current_claimant()
+        if claimant is not None:
+            # The room was taken for the first of them.
+            dropped = [request.claim_id for request in asked if request not in self._requests]
+            claimant.pass_room(dropped, self._requests[0].claim_id)
         self._tray = self._trays.take(self) if len(self._requests) > 1 else None
         if self._tray is None:
             # The pool has grown since the trays were made: one after another will do.
@@ -184,7 +191,8 @@ class Bundle:
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """The process has it, and is at the first one."""
-        self._child = Child(pid)
+        # The pool itself answers for what was to be terminated and gets no process any more.
+        self._child = Child(pid) if pid != os.getpid() else None
         self._accepted = (pid, time_accepted)
         self.since = time.monotonic()
         claimant = current_claimant()
@@ -233,7 +241,7 @@ class Bundle:
 
     def _accept(self, request: JobRequest) -> None:
         """It has begun: a plain task is acknowledged now."""
-        if request.child is None and self._accepted is not None:
+        if request.worker_pid is None and self._accepted is not None:
             request.child = self._child
             _guarded(request, lambda accepted: request.on_accepted(*accepted), self._accepted)
 

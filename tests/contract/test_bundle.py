@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
 from celery.exceptions import TaskRevokedError
 
+from broker.transport import consume_as
 from tasks.bundle import Bundle, Tray, Trays, trace_bundle
 from tasks.request import JobRequest, Traced
 
@@ -19,6 +22,7 @@ class Request:
         self.revoked = revoked
         self.acknowledged = False
         self.child: Any = None
+        self.worker_pid: int | None = None
         self.took: float | None = None
         self.done: list[str] = []
         self.pool_arguments = (name,)
@@ -35,6 +39,7 @@ class Request:
         self.done.append("handed over alone")
 
     def on_accepted(self, pid: int, at: float) -> None:
+        self.worker_pid = pid
         self.done.append("accepted" if self._terminate_on_ack is None else "accepted, killed")
 
     def on_success(self, traced: Traced) -> None:
@@ -176,6 +181,16 @@ def test_its_process_is_lost_before_it_began(trays: Trays) -> None:
     assert done(a, b) == [["failed lost"], ["given back"]]
 
 
+def test_one_that_the_pool_answers_for_has_no_process(trays: Trays) -> None:
+    """It was to be terminated, and the process that it was on its way to has died."""
+    a, b = Request("a"), Request("b")
+    bundle = Process(trays, a, b).bundle
+    bundle.on_accepted(os.getpid(), 0.0)
+    bundle.on_failure("terminated")
+    assert done(a, b) == [["accepted, killed", "failed terminated"], ["given back"]]
+    assert a.child is None  # Or this process would be ended.
+
+
 def test_a_tray_is_used_again(trays: Trays) -> None:
     a, b = Request("a"), Request("b")
     first = Process(trays, a, b)
@@ -225,6 +240,28 @@ def test_an_outcome_of_any_size(trays: Trays) -> None:
     process.bundle.on_success((large, 0.1))
     assert a.done[-1] == "ended a"
     assert len(b.done[-1]) > 1 << 20
+
+
+@pytest.fixture
+def passed() -> Iterator[list[tuple[list[str], str]]]:
+    """Whose room is passed on to whom."""
+
+    class Room:
+        def pass_room(self, ended: list[str], heir: str) -> None:
+            rooms.append((ended, heir))
+
+    rooms: list[tuple[list[str], str]] = []
+    consume_as(cast(Any, Room()))
+    yield rooms
+    consume_as(None)
+
+
+def test_who_does_not_go_along_leaves_its_room(
+    trays: Trays, passed: list[tuple[list[str], str]]
+) -> None:
+    a, b, c = Request("a", revoked=True), Request("b"), Request("c")
+    Process(trays, a, b, c)
+    assert passed == [(["a"], "b")]
 
 
 class TestInTheProcess:

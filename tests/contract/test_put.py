@@ -235,6 +235,12 @@ class TestNotes:
         assert put_once(broker.scripts, note, 3600) == "there"
 
 
+    @pytest.mark.parametrize("odd", [{"cohort": "x"}, {"cohort": [1]}, {"retries": "many"}])
+    def test_a_message_of_anybody_can_be_noted(self, odd: dict[str, Any]) -> None:
+        note = note_of(QUEUE, QUEUE, message("a", **odd))
+        assert (note.task_id, note.retries, note.durable) == ("a", 0, False)
+
+
 class TestHeaders:
     def test_what_celery_takes_for_said_is_left_out(self) -> None:
         said = {"id": "a", "task": "t", "mine": None, "argsrepr": "()", "retries": 2}
