@@ -67,6 +67,14 @@ def collected_outcomes() -> Iterator[list[Outcome]]:
         _collector.outcomes = None
 
 
+def _stored_here(name: bytes | str) -> bytes | None:
+    """An outcome that this thread has stored and not handed on yet. It may be the one to put a
+    chord's results together, and would wait for its own.
+    """
+    wanted = name if isinstance(name, str) else name.decode()
+    return next((o.meta for o in _collector.outcomes or () if o.name == wanted), None)
+
+
 def record_with(record: Callable[[Outcome], object] | None) -> None:
     """In a worker's main process: who writes final outcomes down. None: nobody."""
     global _record
@@ -252,12 +260,17 @@ class SharedResults(RedisBackend):  # type: ignore[misc]
         task_id = self._task_of(key)
         if task_id is None:
             return self.client.get(key)
+        own = _stored_here(key)
+        if own is not None:
+            return own
         held, entry = self.index.look(key, task_id)
         return held if held is not None or entry is None else self._read(task_id, entry)
 
     def mget(self, keys: Sequence[bytes]) -> list[Any]:
         """The same for many, in two round trips at most."""
         values = self.client.mget(keys)
+        if _collector.outcomes:
+            values = [_stored_here(key) or value for key, value in zip(keys, values, strict=True)]
         missing = [
             (at, task_id)
             for at, (key, value) in enumerate(zip(keys, values, strict=True))

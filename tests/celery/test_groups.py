@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import chain, chord, group
@@ -194,6 +195,11 @@ class TestChords:
         header = [chain(add.s(i, i), add.s(1)) for i in range(3)]
         assert chord(header)(tasks.tsum.s()).get(timeout=PATIENCE) == 9
 
+    def test_groups_in_a_header(self, side: Side) -> None:
+        header = [chain(add.s(n, 0), group(add.s(1), add.s(2))) for n in range(3)]
+        result = chord(header)(tasks.same.s())
+        assert result.get(timeout=PATIENCE) == [[n + 1, n + 2] for n in range(3)]
+
     def test_a_chain_as_the_body(self, side: Side) -> None:
         made = chord([add.s(1, 1), add.s(2, 2)], chain(tasks.tsum.s(), mul.s(7)))
         assert made().get(timeout=PATIENCE) == 42
@@ -264,3 +270,45 @@ class TestChords:
     def test_larger_than_a_worker(self, side: Side) -> None:
         result = chord(add.s(i, i) for i in range(100))(tasks.tsum.s())
         assert result.get(timeout=20) == 9900
+
+
+class TestLargeChords:
+    """Ours counts the parts of these many at a time."""
+
+    MANY = 40
+
+    def many(self) -> list[Any]:
+        return [add.s(number, 0) for number in range(self.MANY)]
+
+    def test_all_sorts_in_the_header(self, side: Side) -> None:
+        header = [
+            *self.many(),
+            tasks.retry_until.s(1),
+            tasks.add_to_chord.s(1),
+            chain(add.s(1, 1), add.s(1)),
+            chord([add.s(1, 1), add.s(2, 2)], tasks.tsum.s()),
+        ]
+        made = chord(header, chain(tasks.tsum.s(), mul.s(10)))
+        assert made().get(timeout=PATIENCE) == (780 + 1 + 1 + 101 + 3 + 6) * 10
+
+    def test_groups_in_the_header(self, side: Side) -> None:
+        header = [chain(add.s(n, 0), group([add.s(m) for m in range(40)])) for n in range(2)]
+        result = chord(header)(tasks.same.s())
+        assert result.get(timeout=PATIENCE) == [[*range(40)], [*range(1, 41)]]
+
+    def test_the_body_is_a_child_of_the_header(self, side: Side) -> None:
+        result = chord(self.many())(tasks.request_of.s())
+        found = result.get(timeout=PATIENCE)
+        header = {one.id for one in result.parent.results}
+        assert found["parent_id"] in header
+        assert found["root_id"] in header
+
+    def test_a_failure(self, side: Side, tmp_path: Path) -> None:
+        path = tmp_path / "errors"
+        body = tasks.tsum.s().on_error(tasks.note_error.s(path=str(path)))
+        result = chord([*self.many(), tasks.fail.s(), *self.many()])(body)
+        with pytest.raises(ChordError, match=r"raised ValueError\('as told'\)"):
+            result.get(timeout=PATIENCE, follow_parents=False)
+        wait_for(lambda: lines_of(path), "the errback")
+        (line,) = lines_of(path)
+        assert line.startswith(f"{result.id} ChordError")
