@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -135,6 +136,18 @@ def without_defaults(headers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+class _Count(threading.local):
+    puts = 0
+
+
+_count = _Count()
+
+
+def puts_of_this_thread() -> int:
+    """How many messages it has put so far."""
+    return _count.puts
+
+
 class Putter:
     """Puts messages on one Redis. Safe to share between threads."""
 
@@ -166,6 +179,7 @@ class Putter:
         They are remembered for `keep` seconds, else as `remember_for` was told. All of it may be
         done again: what was put stays put.
         """
+        _count.puts += len(puts)
         words: list[Word] = []
         for some in _steps(puts):
             try:

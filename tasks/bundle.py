@@ -28,6 +28,7 @@ from billiard.pool import MaybeEncodingError
 from celery.exceptions import TaskRevokedError
 from celery.utils.log import get_logger
 
+from broker.producing import puts_of_this_thread
 from broker.transport import current_claimant
 from tasks.family import Child
 from tasks.request import JobRequest, Traced, trace_early, trace_job
@@ -35,6 +36,8 @@ from tasks.request import JobRequest, Traced, trace_early, trace_job
 logger = get_logger(__name__)
 
 Tracer = Callable[..., Traced]
+Job = tuple[Tracer, tuple[Any, ...], bool]
+"""What a process is told of one: how to run it, with what, and whether it is a part of a chord."""
 Ended = tuple[JobRequest, Traced, float]
 """A request, what came of it, and its seconds."""
 
@@ -279,8 +282,9 @@ class Bundle:
                 _guarded(request, self._give_back, request)
 
 
-def _to_trace(request: JobRequest) -> tuple[Tracer, tuple[Any, ...]]:
-    return trace_job if request.task.acks_late else trace_early, request.pool_arguments
+def _to_trace(request: JobRequest) -> Job:
+    trace = trace_job if request.task.acks_late else trace_early
+    return trace, request.pool_arguments, bool(request.chord)
 
 
 def _is_ready(request: JobRequest) -> bool:
@@ -302,10 +306,10 @@ def _guarded(request: JobRequest, act: Callable[[Any], object], subject: Any) ->
 def trace_bundle(number: int, jobs: Sequence[tuple[Any, ...]]) -> tuple[Traced, float] | None:
     """In the child: run them one after another, for as long as it is their turn."""
     tray = _trays[number]
-    for at, (trace, arguments) in enumerate(jobs):
+    for at, (trace, arguments, is_part) in enumerate(jobs):
         if at and not tray.take_turn():
             break
-        begun = time.perf_counter()
+        begun, puts = time.perf_counter(), puts_of_this_thread()
         traced = trace(*arguments)
         took = time.perf_counter() - begun
         try:
@@ -315,6 +319,8 @@ def trace_bundle(number: int, jobs: Sequence[tuple[Any, ...]]) -> tuple[Traced, 
             fits = tray.put((1, _not_encoded(error, traced), 0.0, [], None), took)
         if not fits:
             return traced, took
+        if is_part and puts_of_this_thread() != puts:
+            break  # It has sent the chord's body, which mustn't end before its parts are known.
     return None
 
 

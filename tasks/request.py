@@ -213,7 +213,17 @@ class JobRequest(Request):  # type: ignore[misc]
             or any(self.time_limits)
             or self.task.soft_time_limit
             or self.task.time_limit
+            or self._is_followed
         )
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether it sends on what comes after it: that mustn't end before this one is known."""
+        try:
+            _, _, embed = self._payload
+        except Exception:
+            return True  # Its process says what is wrong with it.
+        return bool(embed.get("chain") or embed.get("callbacks"))
 
     def check(self) -> None:
         """Raises `TaskRevokedError` if it isn't to be run here."""

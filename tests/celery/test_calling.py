@@ -171,7 +171,7 @@ class TestEta:
         assert add.apply_async((2, 2), eta=in_seconds(-60)).get(timeout=PATIENCE) == 4
 
     def test_others_overtake_what_is_not_due(self, caller: Side) -> None:
-        later = add.apply_async((1, 1), countdown=1.5)
+        later = add.apply_async((1, 1), countdown=3)
         assert [add.delay(2, 2).get(timeout=PATIENCE) for _ in range(8)] == [4] * 8
         assert not later.ready()
         assert later.get(timeout=PATIENCE) == 2

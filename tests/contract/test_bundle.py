@@ -10,6 +10,7 @@ import pytest
 from celery.exceptions import TaskRevokedError
 
 from broker.transport import consume_as
+from tasks import bundle
 from tasks.bundle import Bundle, Tray, Trays, trace_bundle
 from tasks.request import JobRequest, Traced
 
@@ -30,6 +31,7 @@ class Request:
         self._apply_result: Any = None
         self.task = self
         self.acks_late = True
+        self.chord = None
 
     def check(self) -> None:
         if self.revoked:
@@ -274,7 +276,10 @@ class TestInTheProcess:
         def trace(name: str) -> Traced:
             return 0, outcomes[name], 0.0, [], None
 
-        assert trace_bundle(process.tray.number, [(trace, ("a",)), (trace, ("b",))]) is None
+        assert (
+            trace_bundle(process.tray.number, [(trace, ("a",), False), (trace, ("b",), False)])
+            is None
+        )
         (first, _), (second, _) = process.tray.take()
         assert first[0] == 1
         assert "MaybeEncodingError" in str(first[1])
@@ -289,5 +294,24 @@ class TestInTheProcess:
             ran.append(name)
             return 0, name, 0.0, [], None
 
-        assert trace_bundle(process.tray.number, [(trace, ("a",)), (trace, ("b",))]) is None
+        assert (
+            trace_bundle(process.tray.number, [(trace, ("a",), False), (trace, ("b",), False)])
+            is None
+        )
         assert ran == ["a"]
+
+    def test_it_stops_where_a_chord_is_complete(
+        self, trays: Trays, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        process = Process(trays, *(Request(name) for name in "abc"))
+        puts = 0
+
+        def trace(name: str) -> Traced:
+            nonlocal puts
+            puts += 1
+            return 0, name, 0.0, [], None
+
+        monkeypatch.setattr(bundle, "puts_of_this_thread", lambda: puts)
+        jobs = [(trace, (name,), name == "b") for name in "abc"]
+        assert trace_bundle(process.tray.number, jobs) is None
+        assert [traced[1] for traced, _ in process.tray.take()] == ["a", "b"]

@@ -308,14 +308,14 @@ def test_a_moved_project_is_set_up_anew(copy: Copy) -> None:
 @pytest.mark.parametrize(
     ("words", "passed"),
     [
-        ([], ["-n", "2", "--dist", "loadfile"]),
-        (["--long", "-x"], ["-n", "2", "--dist", "loadfile", "-m", "not vm", "-x"]),
+        ([], ["-n", "3", "--dist", "loadfile"]),
+        (["--long", "-x"], ["-n", "3", "--dist", "loadfile", "-m", "not vm", "-x"]),
         (["--vm", "-x"], ["-m", "vm", "tests/vm", "-x"]),
         (["tests/unit", "-k", "a or b"], ["tests/unit", "-k", "a or b"]),
         (["-n0"], ["-n0"]),
     ],
 )
-def test_the_tests_run_in_the_project_two_at_a_time(
+def test_the_tests_run_in_the_project_three_at_a_time(
     copy: Copy, tmp_path: Path, words: list[str], passed: list[str]
 ) -> None:
     (copy.root / "pytest.py").write_text("import os, sys; print(os.getcwd(), sys.argv[1:])")
