@@ -36,7 +36,8 @@ end
 if #over > 0 and redis.call('EXISTS', K.expiring) == 1 then
     redis.call('ZREM', K.expiring, unpack(over))
 end
-if redis.call('LLEN', K.own_bell) == 0 then
+-- Nobody takes the bell of an incarnation away that was reaped before.
+if #over > 0 and redis.call('LLEN', K.own_bell) == 0 then
     redis.call('LPUSH', K.own_bell, '1')
 end
 return words
