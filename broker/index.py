@@ -32,7 +32,6 @@ from errors import Unavailable
 
 BUCKETS = 1 << 16
 _ENTRY = struct.Struct("<IIIBI")
-_FIELD = 14
 _FORGOTTEN = 0xFFFFFFFF
 """In the place of a segment's number."""
 _A_MOMENT = 30

@@ -39,6 +39,10 @@ class NodeInfo:
         return self.lease_left > 0
 
 
+_TOLD = frozenset(("cpus", "memory", "host", "pid", "nonce", "life", "gpus"))
+"""What of a node's description is read. A newer one may say more."""
+
+
 def list_nodes(client: redis.Redis) -> list[NodeInfo]:
     """Every node with a lease, also one that has ended and wasn't reaped yet."""
     with client.pipeline() as pipeline:
@@ -62,7 +66,10 @@ def list_nodes(client: redis.Redis) -> list[NodeInfo]:
                 lease_left=ends / 1000 - now,
                 running=client.hlen(keys.claims(member)),
                 spare=_spare_of(spares.get(raw), told),
-                **{**told, "labels": tuple(told.get("labels", ()))},
+                **{
+                    **{name: told[name] for name in _TOLD & told.keys()},
+                    "labels": tuple(told.get("labels", ())),
+                },
             )
         )
     return sorted(nodes, key=lambda info: (info.node, info.incarnation))

@@ -186,10 +186,6 @@ class Scripts:
         word: bytes = self._settle(keys=[keys.CLAIMED, keys.SETTLED], args=[task_id, reason])
         return word.decode()  # type: ignore[return-value]
 
-    def unsettle(self, task_id: str) -> None:
-        """It had ended before."""
-        self.client.hdel(keys.SETTLED, task_id)
-
     @cached_property
     def _expired(self) -> Script:
         return self._script("expired")

@@ -53,6 +53,9 @@ class Node(Protocol):
     def end_child(self, request: JobRequest) -> None:
         """Make sure that a child ends, in the background."""
 
+    def end_cancelled(self, request: JobRequest) -> None:
+        """The same; then its claim goes back, unless it came to an end of its own."""
+
     def give_back_later(self, request: JobRequest) -> None:
         """It needs another pool than this node's: return its claim, and not in a tight loop."""
 
@@ -359,16 +362,15 @@ class JobRequest(Request):  # type: ignore[misc]
         super().on_failure(exc_info, send_failed_event, return_ok)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """A cold shutdown, or a lost lease: it runs again elsewhere, unless it ends in its grace.
-
-        Its claim goes back when this node leaves, or has gone already.
+        """A cold shutdown, a lost lease, or a lost connection if Celery is told so: it runs again
+        elsewhere, unless it ends in its grace.
         """
         if _node is None:
             super().cancel(pool, signal, emit_retry)
         elif has_processes(pool):
             super().cancel(pool, signal, emit_retry)
             # A run makes of SIGTERM a request to end, and may not listen.
-            _node.end_child(self)
+            _node.end_cancelled(self)
         else:
             _node.leave_at_once()
 

@@ -94,6 +94,10 @@ class WorkerNode:
         """Make sure that a child ends, in the background."""
         self._aside(self._end_child, request)
 
+    def end_cancelled(self, request: JobRequest) -> None:
+        """The same; then its claim goes back, unless it came to an end of its own."""
+        self._aside(self._end_cancelled, request)
+
     def give_back_later(self, request: JobRequest) -> None:
         """It needs another pool than this node's: return its claim, and not in a tight loop."""
         if request.name not in self._given_back:
@@ -211,6 +215,11 @@ class WorkerNode:
             child.end_family(request.claim_id)
         if request.key is not None:
             WorkTree(self._settings.scratch, request.key, request.claim_id).remove()
+
+    def _end_cancelled(self, request: JobRequest) -> None:
+        self._end_child(request)
+        if not request.has_returned:
+            self._writer.give_back(request.claim_id, lost=False)
 
     def _is_done(self, request: JobRequest, child: Child) -> bool:
         """Wait for the child's end, or until it has come to an end of this job of its own."""

@@ -38,8 +38,9 @@ end
 if #over > 0 and redis.call('EXISTS', K.expiring) == 1 then
     redis.call('ZREM', K.expiring, unpack(over))
 end
--- Only what waits for room has reason to look again: all else has rung, or will.
-if redis.call('EXISTS', K.shapes) == 1 and redis.call('LLEN', K.own_bell) == 0 then
+-- Only what waits for room has reason to look again: all else has rung, or will. Nobody takes the
+-- bell of an incarnation away that was reaped before.
+if #over > 0 and redis.call('EXISTS', K.shapes) == 1 and redis.call('LLEN', K.own_bell) == 0 then
     redis.call('LPUSH', K.own_bell, '1')
 end
 return words

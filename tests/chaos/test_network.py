@@ -12,7 +12,7 @@ import pytest
 from kombu.exceptions import OperationalError
 
 from tests import sample_jobs as jobs
-from tests.fleets import wait_for
+from tests.fleets import running_fleet, wait_for
 from tests.proxy import Behind, fleet_behind_proxy
 
 LEASE = 2.0
@@ -188,3 +188,19 @@ def test_a_plain_task_that_has_begun_is_not_stopped(behind: Behind, tmp_path: Pa
     assert all(result.get(timeout=30) for result in keyless)
     assert len((tmp_path / "plain").read_text().splitlines()) == 1
     wait_for(behind.producer.is_quiet, "nothing to be left")
+
+
+def test_what_a_lost_connection_cancels_begins_again(tmp_path: Path) -> None:
+    """A setting of Celery's; here the lease lives on."""
+    go, traces, started = tmp_path / "go", tmp_path / "traces", tmp_path / "started"
+    traces.mkdir()
+    modules = "tests.sample_jobs,tests.cancelling_jobs"
+    with running_fleet(tmp_path / "home", nodes=1, COHORT_JOBS=modules) as producer:
+        result = jobs.keyless_once.delay(str(traces), str(started), str(go))
+        wait_for(started.exists, "the run to begin")
+        started.unlink()
+        producer.client.client_kill_filter(_type="normal", skipme=True)
+        wait_for(started.exists, "the run to begin again", 20)
+        go.touch()
+        assert result.get(timeout=20) == "node-1"
+        wait_for(producer.is_quiet, "nothing to be left")

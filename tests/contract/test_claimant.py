@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -206,9 +207,11 @@ class TestRejoining:
         broker.expire(old)
         broker.scripts.reap(old)
         second = claim(other)
+        assert claimant.finish_now(["of that incarnation"]) == ["superseded"]
         assert claimant.renew() == "expelled"
         claimant.rejoin()
         assert claimant.member != old
+        assert not broker.client.exists(keys.own_bell(old))
         assert not claimant.knows(claim_id)
         assert claimant.running() == 1  # Its room is taken until it ends.
         # The old run comes to its end while the new one goes on.
@@ -377,6 +380,12 @@ class TestNodes:
         assert 25 < info.lease_left <= 30
         assert info.running == 1
         assert info.is_live
+
+    def test_what_a_newer_one_tells_beside_it_is_passed_over(self, broker: Broker) -> None:
+        told = {"cpus": 3, "memory": 1, "host": "there", "pid": 1, "nonce": "n", "disks": 2}
+        broker.scripts.register("newer:1", 60, json.dumps(told))
+        (info,) = nodes.list_nodes(broker.client)
+        assert (info.node, info.cpus) == ("newer", 3)
 
     def test_one_that_has_ended_is_listed_until_it_is_reaped(self, broker: Broker) -> None:
         claimant = broker.claimant("n")
