@@ -373,6 +373,16 @@ class Channel(ProducingChannel):
             return None
         return message
 
+    def _basic_cancel(self, consumer_tag: str) -> Any:
+        canceled = super()._basic_cancel(consumer_tag)
+        if self._asked is not None:
+            # It may name that queue, and nobody may read the answer: a worker that ends stops to
+            # read now, and its claims are its own until its last job has ended. Redis drops what
+            # a client has waiting when that hangs up; if it has been done, the renewal returns it.
+            self._hang_up()
+            self._drop_unanswered()
+        return canceled
+
     def _drop_unanswered(self) -> None:
         # The connection broke between asking and reading. The renewal returns what was claimed.
         if self._asked is not None and _claimant is not None:
