@@ -379,7 +379,8 @@ class Channel(ProducingChannel):
             # It may name that queue, and nobody may read the answer: a worker that ends stops to
             # read now, and its claims are its own until its last job has ended. Redis drops what
             # a client has waiting when that hangs up; if it has been done, the renewal returns it.
-            self._hang_up()
+            if self._in_poll:
+                self._hang_up()
             self._drop_unanswered()
         return canceled
 
