@@ -138,6 +138,26 @@ def test_told_to_end_it_claims_nothing_more(
     assert not broker.audit().all_claims()
 
 
+def test_told_to_end_it_hands_over_nothing_more(
+    broker: Broker, claimant: Claimant, producer: Client, worker: Client
+) -> None:
+    # It is woken by what it claims; that it is to end it would see at its loop's next turn.
+    handed: list[str] = []
+    asked: list[bool] = []
+
+    def is_ending() -> bool:
+        asked.append(True)
+        return True
+
+    consume_as(claimant, lambda: handed.append("over"), is_ending)
+    producer.publish("t", "k")
+    worker.drain(lambda: bool(asked))
+    assert (worker.got, handed) == ([], [])
+    worker.consumer.cancel()
+    claimant.renew()
+    assert [claim["task"] for claim in broker.audit().ready] == ["t"]
+
+
 def test_told_to_take_work_again_it_does(producer: Client, worker: Client) -> None:
     worker.consumer.cancel()
     worker.consume()

@@ -234,7 +234,6 @@ class TestNotes:
         assert put_once(broker.scripts, note, 3600) == "queued"
         assert put_once(broker.scripts, note, 3600) == "there"
 
-
     @pytest.mark.parametrize("odd", [{"cohort": "x"}, {"cohort": [1]}, {"retries": "many"}])
     def test_a_message_of_anybody_can_be_noted(self, odd: dict[str, Any]) -> None:
         note = note_of(QUEUE, QUEUE, message("a", **odd))
