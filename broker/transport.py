@@ -40,6 +40,7 @@ _SAFETY_POLL = 0.1
 
 _claimant: Claimant | None = None
 _on_handed_over: Callable[[], object] | None = None
+_is_ending: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,17 @@ _qualities_of: Callable[[Mapping[str, Any]], Qualities] = lambda message: Qualit
 
 
 def consume_as(
-    claimant: Claimant | None, on_handed_over: Callable[[], object] | None = None
+    claimant: Claimant | None,
+    on_handed_over: Callable[[], object] | None = None,
+    is_ending: Callable[[], bool] | None = None,
 ) -> None:
     """From now on this process claims on behalf of that node; None: it is no worker.
 
-    `on_handed_over` is called when what one look brought has been handed to the worker.
+    `on_handed_over` is called when what one look brought has been handed to the worker; to one that
+    `is_ending` nothing is.
     """
-    global _claimant, _on_handed_over
-    _claimant, _on_handed_over = claimant, on_handed_over
+    global _claimant, _on_handed_over, _is_ending
+    _claimant, _on_handed_over, _is_ending = claimant, on_handed_over, is_ending
 
 
 def current_claimant() -> Claimant | None:
@@ -249,6 +253,12 @@ class Channel(ProducingChannel):
     def _hand_over_all(self, claimed: Sequence[Claimed]) -> bool:
         """Whether there was one for the worker."""
         handed, left = 0, deque(claimed)
+        if claimed and _claimant is not None and _is_ending is not None and _is_ending():
+            # Its loop takes this turn to its end, and hears of nothing that begins now. What it
+            # had asked for while it was idle may just have come: the next renewal returns it.
+            for one in claimed:
+                _claimant.forget(one.claim_id)
+            return False
         try:
             while left:
                 handed += self._hand_over(left.popleft())
@@ -372,6 +382,17 @@ class Channel(ProducingChannel):
             _claimant.finish_now([claimed.claim_id], "it is no task message")
             return None
         return message
+
+    def _basic_cancel(self, consumer_tag: str) -> Any:
+        canceled = super()._basic_cancel(consumer_tag)
+        if self._asked is not None:
+            # It may name that queue, and nobody may read the answer: a worker that ends stops to
+            # read now, and its claims are its own until its last job has ended. Redis drops what
+            # a client has waiting when that hangs up; if it has been done, the renewal returns it.
+            if self._in_poll:
+                self._hang_up()
+            self._drop_unanswered()
+        return canceled
 
     def _drop_unanswered(self) -> None:
         # The connection broke between asking and reading. The renewal returns what was claimed.

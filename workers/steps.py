@@ -13,6 +13,7 @@ import redis
 from celery import bootsteps
 from celery.signals import worker_shutdown
 from celery.utils.log import get_logger
+from celery.worker import state
 
 from broker import nodes, server
 from broker.claimant import Claimant, NodeDescription
@@ -182,7 +183,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self.limits.start()
         record_with(self.writer.record)
         run_on(self.node)
-        consume_as(self.claimant, writing_at_once(worker))
+        consume_as(self.claimant, writing_at_once(worker), _is_told_to_end)
         self._gone = threading.Event()
         self._is_ending = False
         # From a thread: the loop of a solo pool stands still while a job runs.
@@ -253,3 +254,9 @@ def _trays_for(worker: Any) -> int:
     if worker.max_tasks_per_child or worker.time_limit or worker.soft_time_limit:
         return 0  # These count, and end, what the pool is handed.
     return int(worker.max_concurrency or worker.concurrency) + _SPARE_TRAYS
+
+
+def _is_told_to_end() -> bool:
+    # As Celery asks: 0, the exit code, is a yes.
+    words = (state.should_stop, state.should_terminate)
+    return any(word is not None and word is not False for word in words)

@@ -118,25 +118,51 @@ def test_a_connection_that_is_cut_takes_the_waiting_claim_along(
 def test_told_to_end_it_gives_back_what_was_claimed_at_the_last_moment(
     broker: Broker, claimant: Claimant, producer: Client, worker: Client
 ) -> None:
-    worker.consumer.cancel()
     producer.publish("t", "k")
     claimed_in_redis(broker, claimant)
-    worker.channel.close()
-    assert worker.got == []
+    # Its connection stays open until its last job has ended, and nobody reads there any more.
+    worker.consumer.cancel()
     claimant.renew()
     assert [claim["task"] for claim in broker.audit().ready] == ["t"]
-    assert not broker.audit().all_claims()
+    worker.channel.close()
+    assert worker.got == []
 
 
-def test_ended_it_claims_nothing_more(
+def test_told_to_end_it_claims_nothing_more(
     broker: Broker, claimant: Claimant, producer: Client, worker: Client
 ) -> None:
-    broker.client.lpush(keys.own_bell(claimant.member), "1")
-    worker.channel.close()
+    worker.consumer.cancel()
     producer.publish("t")
     claimant.renew()
     assert broker.client.llen(QUEUE) == 1
     assert not broker.audit().all_claims()
+
+
+def test_told_to_end_it_hands_over_nothing_more(
+    broker: Broker, claimant: Claimant, producer: Client, worker: Client
+) -> None:
+    # It is woken by what it claims; that it is to end it would see at its loop's next turn.
+    handed: list[str] = []
+    asked: list[bool] = []
+
+    def is_ending() -> bool:
+        asked.append(True)
+        return True
+
+    consume_as(claimant, lambda: handed.append("over"), is_ending)
+    producer.publish("t", "k")
+    worker.drain(lambda: bool(asked))
+    assert (worker.got, handed) == ([], [])
+    worker.consumer.cancel()
+    claimant.renew()
+    assert [claim["task"] for claim in broker.audit().ready] == ["t"]
+
+
+def test_told_to_take_work_again_it_does(producer: Client, worker: Client) -> None:
+    worker.consumer.cancel()
+    worker.consume()
+    producer.publish("t")
+    assert task_of(worker.next()) == "t"
 
 
 def test_room_that_grew_while_it_waited_is_worth_another_look(
