@@ -158,6 +158,7 @@ class Bundle:
         self._guard = threading.Lock()
         self._tray: Tray | None = None
         self._taken = 0
+        self._recalled = 0
         self._child: Child | None = None
         self._accepted: tuple[int, float] | None = None
         self._result: Callable[[], object | None] | None = None
@@ -222,6 +223,14 @@ class Bundle:
             _guarded(request, request.on_failure, exc_info)
         self._return(rest[unbegun:])
 
+    def recall(self) -> None:
+        """From any thread, whatever the loop is busy with: one that the pool has forgotten runs
+        elsewhere as well, and goes no further than it has come.
+        """
+        with self._guard:
+            if self._tray is not None and self._is_forgotten():
+                self._recalled += self._tray.take_turns_back()
+
     def withdraw(self) -> None:
         """One of them takes long: what has ended before it has its outcome, and what was to come
         after it goes back.
@@ -256,7 +265,8 @@ class Bundle:
             tray, requests = self._tray, self._requests
             if tray is None:
                 return [], [], 0
-            turns = tray.take_turns_back()
+            turns = self._recalled + tray.take_turns_back()
+            self._recalled = 0
             come = tray.take()[self._taken :]
             ended = [(r, *what) for r, what in zip(requests, come, strict=False)]
             rest = requests[len(ended) :]

@@ -127,6 +127,7 @@ class WorkerNode:
     def give_back_overdue(self) -> None:
         """What was claimed ahead for a moment and hasn't got its turn: others may have room."""
         for bundle in self._trays.late(_LONG):
+            bundle.recall()
             self._in_loop(bundle.withdraw)
         overdue = set(self._claimant.overdue(_A_MOMENT))
         if not overdue:

@@ -133,6 +133,12 @@ def test_nothing_is_told_before_it_is_accepted(trays: Trays) -> None:
     assert [words[-1] for words in done(a, b)] == ["ended a", "ended b"]
 
 
+def test_only_what_is_forgotten_is_recalled(trays: Trays) -> None:
+    process = Process(trays, Request("a"), Request("b"))
+    process.bundle.recall()
+    assert process.tray.take_turns_back() == 1
+
+
 def test_looked_at_while_one_takes_long(trays: Trays) -> None:
     a, b, c, d = (Request(name) for name in "abcd")
     process = Process(trays, a, b, c, d)
@@ -214,10 +220,12 @@ def test_one_that_the_pool_forgot_has_its_tray_for_good(trays: Trays) -> None:
     a, b = Request("a"), Request("b")
     process = Process(trays, a, b)
     tray = process.tray
+    process.bundle.recall()
     process.pool.results.clear()
+    process.bundle.recall()
+    assert tray.take_turns_back() == 0  # Before the loop comes round to it.
     process.bundle.withdraw()
     assert done(a, b) == [[], ["given back"]]
-    assert not tray.take_turn()
     assert not trays.under_way
     c, d = Request("c"), Request("d")
     Process(trays, c, d)
