@@ -237,8 +237,8 @@ class Channel(ProducingChannel):
             if _claimant is not None:
                 if claims is None:
                     _claimant.unanswered(asked)
-                else:
-                    _claimant.answered(asked, claims)
+                elif not _claimant.answered(asked, claims):
+                    claims = None
         if claims is None or not self._hand_over_all(claims.claimed):
             raise Empty
         return True
