@@ -29,6 +29,8 @@ from broker.scripts import Scripts
 from broker.turns import MOST_AT_ONCE, Held, Turns
 
 CLAIM_PREFIX = "claim-"
+_LOST_AFTER = 5.0
+"""Seconds after which an answer isn't waited for; an idle node's comes after 0.1 s."""
 """What tells a claim id from a stock delivery tag, which is a UUID."""
 
 End = Put | str | None
@@ -76,6 +78,8 @@ class Claimant(Turns):
         """Who notes what was claimed, and the headers of its message."""
         self._describe = describe
         self._known: set[str] = set()
+        self._asked: dict[int, tuple[Asking, float]] = {}
+        """What isn't answered yet, and since when, by its first number."""
         self._ends: dict[str, End] = {}
         self._sequence = 0
         self._birth = ""
@@ -107,6 +111,11 @@ class Claimant(Turns):
     def renew(self) -> Literal["renewed", "expelled"]:
         """Renew the lease. After 'expelled', `rejoin`."""
         with self._guard:
+            for asking, at in list(self._asked.values()):
+                if time.monotonic() > at + _LOST_AFTER:
+                    # A connection that has died without a word. Should it speak yet, `answered`
+                    # will find that they aren't ours.
+                    self._known.difference_update(_ids(asking))
             asked, known = self._sequence, sorted(self._known)
         sent = time.monotonic()
         word = self.scripts.renew(self.member, self.lease, asked, known)
@@ -171,20 +180,28 @@ class Claimant(Turns):
                 tops,
             )
             self._known.update(_ids(asking))
+            self._asked[first] = asking, time.monotonic()
         return asking
 
-    def answered(self, asking: Asking, claims: Claims) -> None:
-        """What it brought is held; the rest is nothing."""
-        now = time.monotonic()
+    def answered(self, asking: Asking, claims: Claims) -> bool:
+        """What it brought is held; the rest is nothing. False if that comes too late: the lease may
+        have ended since, or it was given up. Then nobody here may begin it.
+        """
+        now, ids = time.monotonic(), _ids(asking)
         with self._guard:
-            self._known.difference_update(_ids(asking))
-            for claimed in claims.claimed:
-                self._known.add(claimed.claim_id)
-                self._hold(claimed, now)
+            self._asked.pop(asking.first, None)
+            in_time = now < self.trusted_until and self._known.issuperset(ids)
+            self._known.difference_update(ids)
+            if in_time:
+                for claimed in claims.claimed:
+                    self._known.add(claimed.claim_id)
+                    self._hold(claimed, now)
+        return in_time
 
     def unanswered(self, asking: Asking) -> None:
         """The connection broke. If Redis claimed something, the next renewal returns it."""
         with self._guard:
+            self._asked.pop(asking.first, None)
             self._known.difference_update(_ids(asking))
 
     def forget(self, claim_id: str) -> None:

@@ -151,6 +151,7 @@ class Channel(ProducingChannel):
         """Whether the bell's answer comes before the claim's."""
         self._busy = (-1, 0.0)
         self._refused = False
+        self._lists: dict[tuple[str, ...], tuple[list[tuple[str, str]], list[str]]] = {}
         self._scripts = Scripts(self._create_client())
 
     # The worker's half: ask, then read, on the event loop's own connection.
@@ -185,14 +186,20 @@ class Channel(ProducingChannel):
         connection.send_packed_command(connection.pack_commands(commands))
 
     def _ask(self, claimant: Claimant, queues: Sequence[str]) -> Asking:
-        lists = [
-            (self._q_for_pri(queue, priority), queue)
-            for priority in self.priority_steps
-            for queue in queues
-        ]
-        tops = [top for top in self._tops for _ in queues]
+        lists, tops = self._served(tuple(queues))
         most = self.qos.can_consume_max_estimate()
         return claimant.ask(MOST_AT_ONCE if most is None else most, queues, lists, tops)
+
+    def _served(self, queues: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[str]]:
+        if queues not in self._lists:
+            lists = [
+                (self._q_for_pri(queue, priority), queue)
+                for priority in self.priority_steps
+                for queue in queues
+            ]
+            # The order goes round as they are served: only that of now is kept.
+            self._lists = {queues: (lists, [top for top in self._tops for _ in queues])}
+        return self._lists[queues]
 
     def _is_busy(self, claimant: Claimant) -> bool:
         """Whether no process was idle at the last look, and nothing has begun or ended since."""
@@ -230,8 +237,8 @@ class Channel(ProducingChannel):
             if _claimant is not None:
                 if claims is None:
                     _claimant.unanswered(asked)
-                else:
-                    _claimant.answered(asked, claims)
+                elif not _claimant.answered(asked, claims):
+                    claims = None
         if claims is None or not self._hand_over_all(claims.claimed):
             raise Empty
         return True

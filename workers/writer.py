@@ -1,8 +1,9 @@
 """The main process's half of the way of a job: announce, outcomes to disk, acknowledge.
 
-Two threads a node, one behind the other: one announces, the other writes. What came in while it
-was writing goes with the next write: one write and one fsync for all of it. Nothing is
-acknowledged whose outcome isn't on disk, however long that takes.
+Two threads a node, one behind the other: one announces, the other writes. A single outcome is
+announced by the thread that hears of it, which doesn't wait for the reply: the writer reads that.
+What comes in within moments, or while it is writing, goes with the next write: one write and one
+fsync for all of it. Nothing is acknowledged whose outcome isn't on disk, however long that takes.
 
 The journal goes the same way: a job that runs for longer than a moment is noted in the segment, so
 that it can be found again when Redis has lost it and this node has died as well. A note causes no
@@ -37,7 +38,9 @@ NOTED_AFTER = 1.0
 """Seconds after which a job that still runs is in the journal."""
 _LARGEST_BATCH = 1000
 _GATHER = 0.003
-"""Seconds in which outcomes are gathered, to be written together; to be announced, if many come."""
+"""Seconds in which outcomes are gathered to be announced, if many come."""
+_WRITTEN_AFTER = 0.005
+"""Seconds in which they are gathered to be written. Who waits for them has been told."""
 _APART = 0.001
 """Seconds after which an outcome isn't one of many."""
 _A_FEW = 4
@@ -275,7 +278,7 @@ class Writer:
                 task_or_claim = order.task_id if isinstance(order, Outcome) else order.claim_id
                 if task_or_claim in self._awaited:
                     return 0.0
-        return _GATHER
+        return _WRITTEN_AFTER
 
     def _hear(self, decided: _Decided) -> None:
         heard, decided.heard = decided.heard, None

@@ -145,6 +145,49 @@ class TestRenewal:
         assert claimant.renew() == "renewed"
         assert [c["task"] for c in broker.audit().ready] == ["t"]
 
+    def test_what_is_not_answered_for_long_goes_back_and_stays_back(
+        self, broker: Broker, clock: Clock
+    ) -> None:
+        # Its connection has died without a word, and the lease is renewed on another one.
+        claimant = broker.claimant("n")
+        broker.put("t")
+        asking = ask(claimant)
+        claims = claimant.scripts.claim(asking)
+        clock.now += 4
+        assert claimant.renew() == "renewed"
+        assert len(broker.audit().all_claims()) == 1
+        clock.now += 2
+        assert claimant.renew() == "renewed"
+        assert [c["task"] for c in broker.audit().ready] == ["t"]
+        assert not claimant.answered(asking, claims)
+        assert claimant.claimed(claims.claimed[0].claim_id) is None
+
+    @pytest.mark.parametrize("joined_anew", [True, False])
+    def test_an_answer_that_outlived_the_lease_begins_nothing(
+        self, broker: Broker, clock: Clock, joined_anew: bool
+    ) -> None:
+        # The node was stopped with the answer on its way; others have what it brought.
+        claimant = broker.claimant("n", lease=15)
+        broker.put("t")
+        asking = ask(claimant)
+        claims = claimant.scripts.claim(asking)
+        clock.now += 16
+        if joined_anew:
+            claimant.rejoin()
+        assert not claimant.answered(asking, claims)
+        assert claimant.claimed(claims.claimed[0].claim_id) is None
+
+    def test_an_answer_in_time_is_held(self, broker: Broker, clock: Clock) -> None:
+        claimant = broker.claimant("n", lease=15)
+        broker.put("t")
+        asking = ask(claimant)
+        claims = claimant.scripts.claim(asking)
+        clock.now += 4
+        assert claimant.answered(asking, claims)
+        clock.now += 10
+        assert claimant.renew() == "renewed"
+        assert len(broker.audit().all_claims()) == 1
+
 
 class TestTrust:
     def test_it_counts_from_when_the_renewal_was_sent(

@@ -287,7 +287,7 @@ class TestAhead:
 def test_the_end_of_a_key_s_claim_waits_for_no_others(
     writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch, keyed: bool
 ) -> None:
-    monkeypatch.setattr(writers, "_GATHER", 0.5)
+    monkeypatch.setattr(writers, "_WRITTEN_AFTER", 0.5)
     writer.start()
     writer.begin("claim", "a", lambda: Entry("journal", "a", 0, b"x"), durable=False, keyed=keyed)
     begun = time.monotonic()
