@@ -214,6 +214,11 @@ class Channel(ProducingChannel):
 
     def _brpop_read(self, **options: Any) -> bool:
         if self._asked is None:
+            if not self._in_poll:
+                # Nothing was asked: the server has hung up, or we have, in this turn of the loop.
+                # To read now would be to wait for ever.
+                self._hang_up()
+                raise Empty
             return bool(super()._brpop_read(**options))
         if self._behind_bell and not self._bell_has_rung(**options):
             raise Empty

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from queue import Empty
 
 import pytest
 import redis
@@ -156,6 +157,22 @@ def test_told_to_end_it_hands_over_nothing_more(
     worker.consumer.cancel()
     claimant.renew()
     assert [claim["task"] for claim in broker.audit().ready] == ["t"]
+
+
+def test_an_answer_that_was_there_when_it_hung_up_is_not_waited_for(
+    claimant: Claimant, producer: Client, worker: Client
+) -> None:
+    # The loop heard of both in one turn: that it is to stop, and that the socket has something.
+    cycle = worker.connection.transport.cycle
+    fileno = worker.channel.client.connection._sock.fileno()
+    worker.consumer.cancel()
+    began = time.monotonic()
+    with pytest.raises(Empty):
+        cycle.on_readable(fileno)
+    assert time.monotonic() < began + PATIENCE
+    worker.consume()
+    producer.publish("t")
+    assert task_of(worker.next()) == "t"
 
 
 def test_told_to_take_work_again_it_does(producer: Client, worker: Client) -> None:
