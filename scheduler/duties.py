@@ -34,18 +34,17 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
         settings = current()
         pace = settings.lease / 5
         scripts = Scripts(server.connect(settings.redis, timeout=max(1.0, settings.lease / 4)))
-        self._pace = pace
         self._leadership = Leadership(scripts, "reaper", settings.lease)
         self._reaper = Reaper(scripts, settings.lease, pace)
         self._stopped = threading.Event()
-        self._begin("cohort-duties", self._run)
+        self._begin("cohort-duties", pace, self._reap)
         self._expiry = Expiry(
             # Its own as well: many that expire at once are no reason to reap late.
             Scripts(server.connect(settings.redis, timeout=max(1.0, settings.lease / 4))),
             lambda task_id, reason: worker.app.backend.settle(task_id, reason),
             lambda task_ids: worker.app.backend.write_down(task_ids),
         )
-        self._begin("cohort-expiry", self._run_expiry)
+        self._begin("cohort-expiry", PACE, self._expiry.run_once)
         if settings.root is not None:
             self._recovery = Recovery(
                 # Its own connection: reading a folder of millions must not hold the reaper up.
@@ -54,37 +53,29 @@ class DutiesStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 settings.lease,
                 settings.journal_keep,
             )
-            self._begin("cohort-recovery", self._run_recovery)
+            self._begin("cohort-recovery", pace, self._recovery.run_once)
 
-    def _begin(self, name: str, run: Callable[[], None]) -> None:
-        threading.Thread(target=run, name=name, daemon=True).start()
+    def _begin(self, name: str, seconds: float, act: Callable[[], object]) -> None:
+        duty = (seconds, act, name.removeprefix("cohort-"))
+        threading.Thread(target=self._every, args=duty, name=name, daemon=True).start()
 
     def stop(self, worker: Any) -> None:
         """Stop; another node takes the lead when the lease has run out."""
         self._stopped.set()
 
-    def _run(self) -> None:
-        while not self._stopped.wait(self._pace):
-            try:
-                if self._leadership.campaign():
-                    self._reaper.run_once()
-                else:
-                    self._reaper.watch()
-            except (redis.RedisError, OSError) as error:
-                logger.warning("the duties wait for Redis: %s", error)
+    def _reap(self) -> None:
+        if self._leadership.campaign():
+            self._reaper.run_once()
+        else:
+            self._reaper.watch()
 
-    def _run_expiry(self) -> None:
-        while not self._stopped.wait(PACE):
+    def _every(self, seconds: float, act: Callable[[], object], what: str) -> None:
+        while not self._stopped.is_set():
             try:
-                self._expiry.run_once()
+                act()
             except (redis.RedisError, OSError, CohortError) as error:
-                logger.warning("what expires waits for Redis: %s", error)
-
-    def _run_recovery(self) -> None:
-        while True:
-            try:
-                self._recovery.run_once()
-            except (redis.RedisError, OSError, CohortError) as error:
-                logger.warning("the recovery waits: %s", error)
-            if self._stopped.wait(self._pace):
-                return
+                logger.warning("%s: trying on: %s", what, error)
+            except Exception:
+                # Nobody would miss a duty that ended.
+                logger.exception("%s failed", what)
+            self._stopped.wait(seconds)

@@ -232,7 +232,9 @@ class JobRequest(Request):  # type: ignore[misc]
         """Raises `TaskRevokedError` if it isn't to be run here."""
         claimant = current_claimant()
         if self.claim_id and claimant is not None and not claimant.knows(self.claim_id):
-            raise TaskRevokedError(self.id)  # It was given back before its turn came.
+            # It was given back before its turn came, or is another's since the lease was lost.
+            claimant.forget(self.claim_id)
+            raise TaskRevokedError(self.id)
         if self.revoked():
             raise TaskRevokedError(self.id)
 
