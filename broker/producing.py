@@ -272,6 +272,9 @@ class ProducingChannel(stock.Channel):  # type: ignore[misc]
     @cached_property
     def putter(self) -> Putter:
         """Puts over this channel's connections."""
+        if self.connection is None:
+            # Another thread has closed it since: whoever publishes connects anew.
+            raise redis.ConnectionError("the channel was closed")
         return Putter(self._create_client())
 
     def create_publish_batch(self, max_size: int) -> PutBatch:

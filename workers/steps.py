@@ -149,7 +149,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._settings.node,
             self._settings.lease,
             self._describe,
-            slots=lambda: int(worker.pool.num_processes),
+            slots=lambda: _slots_of(worker),
             patience=self._settings.reserve_after,
         )
         self.life = self.claimant.incarnation
@@ -245,6 +245,12 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         except (redis.RedisError, OSError) as error:
             logger.warning("could not say goodbye, the lease runs out instead: %s", error)
         self._mark.remove()
+
+
+def _slots_of(worker: Any) -> int:
+    """How many jobs it may run at once: as many as it may have processes, or it never got more."""
+    scaler = getattr(worker, "autoscaler", None)
+    return int(worker.pool.num_processes if scaler is None else scaler.max_concurrency)
 
 
 def _trays_for(worker: Any) -> int:

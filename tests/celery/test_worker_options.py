@@ -16,7 +16,6 @@ from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLo
 from kombu.serialization import disable_insecure_serializers, enable_insecure_serializers
 
 from tests.celery import tasks_of_tests as tasks
-from tests.celery.marks import wrong_on
 from tests.celery.sides import Gate, Part, Side, remains, wait_for
 from tests.celery.tasks_of_tests import add
 
@@ -292,7 +291,6 @@ class TestConnectionLoss:
             assert len(gate.runs("held")) == (1 if side.is_ours else 2)
 
     @pytest.mark.long
-    @wrong_on("ours", reason="the claim of what was cancelled stays with the worker")
     def test_long_tasks_may_be_cancelled(self, side: Side, gate: Gate) -> None:
         option = "worker.cancel_long_running_tasks_on_connection_loss=1"
         with side.worker("cut", "-c", "2", option) as worker:

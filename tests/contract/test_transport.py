@@ -504,3 +504,15 @@ def test_the_message_on_the_wire_is_stock(broker: Broker, producer: Client) -> N
     wire = json.loads(raw)
     assert wire.keys() == {"body", "content-encoding", "content-type", "headers", "properties"}
     assert transport.current_claimant() is None
+
+
+def test_a_channel_that_was_closed_meanwhile_is_a_lost_connection(
+    redis_server: RedisServer,
+) -> None:
+    """Whoever publishes tries again over another one."""
+    client = Client(redis_server)
+    channel = client.channel
+    channel.close()
+    channel.connection = None
+    with pytest.raises(redis.ConnectionError, match="closed"):
+        _ = channel.putter
