@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -22,13 +20,8 @@ from deploy.demonstration.screen import Screen
 from deploy.demonstration.story import Story
 from deploy.demonstration.table import draw, lines
 from deploy.demonstration.world import NODES, World
+from deploy.ending import AskedToEnd, end_by_signals, ignore_signals
 from errors import CohortError
-
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class _Ended(BaseException):
-    """A signal asked the demo to end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not out.is_terminal:
         # Into a file or pipe every column comes whole, whatever width is assumed.
         out = Console(width=120)
-    for number in _ENDING:
-        signal.signal(number, _raise_ended)
+    end_by_signals()
     world: World | None = None
     code, keep_files = 1, False
     try:
@@ -47,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         world = World(options.root, flower=options.keep)
         code = _demo(world, options.keep, out)
         keep_files = code != 0
-    except _Ended:
+    except AskedToEnd:
         code = 130
     except CohortError as error:
         keep_files = world is not None and world.has_logs
@@ -57,8 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     finally:
         # From here on nothing interrupts: whatever happened above, nothing stays.
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         if world is not None:
             world.end()
             if keep_files:
@@ -131,14 +122,10 @@ def _keep(world: World, out: Console) -> None:
     ):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.file.flush()
-    with contextlib.suppress(_Ended):
+    with contextlib.suppress(AskedToEnd):
         while True:
             world.check()
             time.sleep(0.5)
-
-
-def _raise_ended(_number: int, _frame: FrameType | None) -> None:
-    raise _Ended
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from argparse import Namespace
-from types import FrameType
 
 from rich.console import Console
 
 from deploy import state
+from deploy.ending import AskedToEnd, end_by_signals, ignore_signals
 from deploy.fleet import Fleet, describe
 from errors import Refused, SettingsError
 from tasks.settings import Settings, parse_size
@@ -19,22 +18,14 @@ NODE_LIMIT = 64
 """More nodes than this on one machine are a slip of the finger."""
 
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class _Ended(BaseException):
-    """A signal asked the fleet to end."""
-
-
 def run(options: Namespace, settings: Settings, out: Console) -> int:
     """Start the fleet, show its parts, and end it when asked to."""
     fleet = _describe_fleet(options, settings)
-    for number in _ENDING:
-        signal.signal(number, _raise_ended)
+    end_by_signals()
     try:
         with state.only_fleet(settings.state):
             return _live(fleet, settings, out)
-    except _Ended:
+    except AskedToEnd:
         return 0
 
 
@@ -47,12 +38,11 @@ def _live(fleet: Fleet, settings: Settings, out: Console) -> int:
             _tell(out, f"{name:<8} {where}")
         _tell(out, "ready: Ctrl-C ends it")
         return _watch(fleet, out)
-    except _Ended:
+    except AskedToEnd:
         return _end(fleet, out)
     finally:
         # Whatever went wrong above, and a third Ctrl-C: nothing stays.
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         fleet.kill()
 
 
@@ -110,11 +100,7 @@ def _end(fleet: Fleet, out: Console) -> int:
     _tell(out, "ending the fleet; a second Ctrl-C kills it")
     try:
         fleet.stop()
-    except _Ended:
+    except AskedToEnd:
         fleet.kill()
     _tell(out, "ended")
     return 0
-
-
-def _raise_ended(_number: int, _frame: FrameType | None) -> None:
-    raise _Ended

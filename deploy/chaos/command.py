@@ -10,11 +10,9 @@ import argparse
 import json
 import math
 import secrets
-import signal
 import sys
 import time
 from collections import Counter
-from types import FrameType
 from typing import Any
 
 import redis
@@ -29,18 +27,14 @@ from deploy.chaos.faults import plan
 from deploy.chaos.history import Ended, Fact, Recorded, Submitted, save
 from deploy.chaos.load import Producer
 from deploy.chaos.world import World
+from deploy.ending import AskedToEnd, end_by_signals, ignore_signals
 from errors import CohortError
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PRODUCERS = 2
 _RATE = 6.0
 """Jobs a second of each producer."""
 _BACKLOG = 60
 _PATIENCE = 120.0
-
-
-class _Ended(BaseException):
-    """A signal asked the run to end."""
 
 
 class Run:
@@ -193,8 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = Console(stderr=options.json)
     if not out.is_terminal:
         out = Console(stderr=options.json, width=160)
-    for number in _ENDING:
-        signal.signal(number, _raise_ended)
+    end_by_signals()
     run: Run | None = None
     code, keep = 1, False
     summary: dict[str, Any] | None = None
@@ -203,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         problems = run.run()
         summary = run.summary(problems)
         code, keep = (1, True) if problems else (0, False)
-    except _Ended:
+    except AskedToEnd:
         code = 130
     except CohortError as error:
         keep = run is not None and run.world.has_logs
@@ -213,8 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     finally:
         # From here on nothing interrupts: whatever happened above, nothing stays running.
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         if run is not None:
             run.world.end()
             if keep:
@@ -295,7 +287,3 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 16:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a number of nodes from 1 to 16")
     return int(text)
-
-
-def _raise_ended(_number: int, _frame: FrameType | None) -> None:
-    raise _Ended
