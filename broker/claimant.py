@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -209,6 +209,18 @@ class Claimant(Turns):
         with self._guard:
             self._known.discard(claim_id)
             self._let_go(claim_id)
+        self._start_waiting()
+
+    def forget_unbegun(self, claim_ids: Iterable[str]) -> None:
+        """Forget those of them that the pool hasn't begun. One that has ended stays known until it
+        is acknowledged: a renewal in between would return it, and it would run again.
+        """
+        with self._guard:
+            for claim_id in claim_ids:
+                held = self._held.get(claim_id)
+                if held is not None and not held.begun:
+                    self._known.discard(claim_id)
+                    self._let_go(claim_id)
         self._start_waiting()
 
     def knows(self, claim_id: str) -> bool:

@@ -120,11 +120,10 @@ class ClaimQoS(stock.QoS):  # type: ignore[misc]
         # What the pool runs goes on without its channel. The rest is forgotten, and the next
         # renewal of the lease (or leaving) gives it back: no round trip on a broken connection.
         if _claimant is not None:
-            for tag in list(self._delivered):
-                if self._is_claim(tag):
-                    if not _claimant.has_begun(tag):
-                        _claimant.forget(tag)
-                    self._delivered.pop(tag, None)
+            tags = [tag for tag in self._delivered if self._is_claim(tag)]
+            for tag in tags:
+                self._delivered.pop(tag, None)
+            _claimant.forget_unbegun(tags)
         super().restore_unacked_once(stderr)
 
     @staticmethod

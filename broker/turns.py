@@ -148,16 +148,6 @@ class Turns:
         held = self._held.get(claim_id)
         return None if held is None else held.claimed
 
-    def has_begun(self, claim_id: str) -> bool:
-        """Whether the pool runs it."""
-        held = self._held.get(claim_id)
-        return held is not None and bool(held.begun)
-
-    def running(self) -> int:
-        """How many claims the pool runs."""
-        with self._guard:
-            return sum(bool(held.begun) for held in self._held.values())
-
     def overdue(self, seconds: float) -> list[str]:
         """What was claimed so long ago and isn't the pool's yet."""
         before = time.monotonic() - seconds

@@ -72,7 +72,7 @@ def test_a_claim_is_known_from_before_it_is_asked_for(broker: Broker) -> None:
     claim_id = expect(claimant)
     assert claim_id.startswith(CLAIM_PREFIX)
     assert claimant.knows(claim_id)
-    assert not claimant.has_begun(claim_id)
+    assert claimant.claimed(claim_id) is None
 
 
 def test_claim_ids_are_never_the_same(broker: Broker) -> None:
@@ -256,12 +256,12 @@ class TestRejoining:
         assert claimant.member != old
         assert not broker.client.exists(keys.own_bell(old))
         assert not claimant.knows(claim_id)
-        assert claimant.running() == 1  # Its room is taken until it ends.
+        assert claimant.claimed(claim_id)  # Its room is taken until it ends.
         # The old run comes to its end while the new one goes on.
         assert claimant.finish_now([claim_id]) == ["superseded"]
         assert broker.lock_of("k") == second
         assert broker.audit().leases == {claimant.member, other.member}
-        assert claimant.running() == 0
+        assert claimant.claimed(claim_id) is None
 
     def run(self, claimant: Claimant, claim_id: str) -> None:
         """The pool takes it."""
@@ -325,9 +325,9 @@ class TestRejoining:
         claimant.rejoin()
         assert not claimant.knows(claim_id)
         assert not broker.audit().places()
-        assert claimant.running() == 1  # Its room is taken until it ends.
+        assert claimant.claimed(claim_id)  # Its room is taken until it ends.
         claimant.ended(claim_id)
-        assert claimant.running() == 0
+        assert claimant.claimed(claim_id) is None
 
     def test_what_had_not_begun_is_forgotten(self, broker: Broker) -> None:
         claimant = broker.claimant("n")
@@ -374,7 +374,7 @@ class TestEnding:
         assert claimant.renew() == "renewed"
         assert claimant.finish_now([claim_id]) == ["finished"]
         assert not claimant.knows(claim_id)
-        assert claimant.running() == 0
+        assert claimant.claimed(claim_id) is None
 
     def test_without_a_writer_it_is_acknowledged_at_once(self, broker: Broker) -> None:
         claimant = broker.claimant("n")
@@ -407,7 +407,7 @@ class TestEnding:
         claimant.begin(claim_id)
         claimant.give_back(claim_id, lost=lost)
         assert not claimant.knows(claim_id)
-        assert not claimant.has_begun(claim_id)
+        assert claimant.claimed(claim_id) is None
         assert broker.lost("t") == lost
 
 

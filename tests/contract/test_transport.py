@@ -376,6 +376,23 @@ class TestTroubles:
             delivered.ack()
         assert not broker.audit().places()
 
+    def test_what_has_ended_and_waits_for_its_acknowledgement_is_not_doubled(
+        self, broker: Broker, claimant: Claimant, producer: Client, worker: Client
+    ) -> None:
+        """Its outcome is on its way to the disk when the channel closes, and a renewal is sent."""
+        claimant.on_finish = lambda claim_id, end: None
+        producer.publish("keyless")
+        delivered = worker.next()
+        claimant.begin(delivered.delivery_tag)
+        delivered.ack()
+        self.kill_connections(broker, worker)
+        with pytest.raises(redis.ConnectionError):
+            worker.drain(lambda: False)
+        worker.come_back()
+        claimant.renew()
+        assert worker.nothing_comes()
+        assert claimant.finish_now([delivered.delivery_tag]) == ["finished"]
+
     def test_closing_loses_no_claim_that_is_on_its_way(
         self,
         broker: Broker,
