@@ -279,8 +279,7 @@ def _running(held: Held) -> Running:
     message = json.loads(held.claimed.payload)
     priority = message["properties"].get("priority")
     return Running(
-        # A stock producer's message whose key has turned out since is known by it.
-        held.claimed._replace(key=held.key or held.claimed.key, needs=held.needs.text),
+        held.as_known,
         message["headers"]["id"],
         held.name,
         priority if isinstance(priority, int) and 0 <= priority <= 9 else 0,

@@ -91,7 +91,9 @@ class Scripts:
         conflict: str = "wait",
         fits: bool = True,
     ) -> Literal["locked", "settled", "parked", "delayed", "waiting", "superseded"]:
-        """Give a bare claim its key, needs or due time. Only the first two leave it here."""
+        """Give a claim what its producer hasn't said of it: key, needs or due time; `conflict` if
+        that was a stock one. After 'locked' and 'settled' it is still this node's.
+        """
         word: bytes = self._requalify(
             keys=[
                 keys.claims(member),

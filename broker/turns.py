@@ -47,6 +47,11 @@ class Held:
     follows: bool = False
     """Whether it takes its turn in the room of another one."""
 
+    @property
+    def as_known(self) -> Claimed:
+        """What it brought, with the key and the needs that have turned out since."""
+        return self.claimed._replace(key=self.key or self.claimed.key, needs=self.needs.text)
+
 
 @dataclass
 class _Waiting:
@@ -144,9 +149,9 @@ class Turns:
         )
 
     def claimed(self, claim_id: str) -> Claimed | None:
-        """What that claim brought, until it has ended."""
+        """What that claim brought, and what has turned out since; None if it has ended."""
         held = self._held.get(claim_id)
-        return None if held is None else held.claimed
+        return None if held is None else held.as_known
 
     def overdue(self, seconds: float) -> list[str]:
         """What was claimed so long ago and isn't the pool's yet."""

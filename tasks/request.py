@@ -56,8 +56,8 @@ class Node(Protocol):
     def end_cancelled(self, request: JobRequest) -> None:
         """The same; then its claim goes back, unless it came to an end of its own."""
 
-    def give_back_later(self, request: JobRequest) -> None:
-        """It needs another pool than this node's: return its claim, and not in a tight loop."""
+    def leave_to_processes(self, request: JobRequest) -> None:
+        """It needs another pool than this node's: let it wait for one."""
 
     def leave_at_once(self) -> None:
         """End this process without waiting for what runs; all of its claims go back."""
@@ -242,8 +242,7 @@ class JobRequest(Request):  # type: ignore[misc]
         """Hand it to the pool, if it is to be run here."""
         self.check()
         if _node is not None and not has_processes(pool) and self.needs_a_process:
-            self.settle()
-            _node.give_back_later(self)
+            _node.leave_to_processes(self)
             return None
         return self.hand_to(pool)
 

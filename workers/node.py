@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 
 from broker.claimant import Claimant
-from broker.transport import current_claimant
+from broker.claims import Claimed
+from broker.needs import Needs
 from errors import CohortError
 from storage.directory import conclude_for, conclusion_of
 from storage.log import Record, State
 from storage.worktree import WorkTree
 from tasks.bundle import Trays
 from tasks.family import Child
+from tasks.job import PREFORK
 from tasks.request import JobRequest, has_processes
 from tasks.results import Outcome, committed_as
 from tasks.settings import Settings
@@ -41,8 +44,6 @@ _A_MOMENT = 0.5
 """Seconds after which a claim that waits for its turn goes back."""
 _LONG = 0.05
 """Seconds after which jobs that share a process do so no longer."""
-_LATER = 2
-"""Seconds for which a job that this node can't run is out of its sight."""
 
 
 class WorkerNode:
@@ -70,7 +71,7 @@ class WorkerNode:
         self._trays = trays
         self._leave = leave
         self._loop = loop
-        self._given_back: set[str] = set()
+        self._left: set[str] = set()
         self._stopped = threading.Event()
         self._has_loop = True
 
@@ -98,17 +99,20 @@ class WorkerNode:
         """The same; then its claim goes back, unless it came to an end of its own."""
         self._aside(self._end_cancelled, request)
 
-    def give_back_later(self, request: JobRequest) -> None:
-        """It needs another pool than this node's: return its claim, and not in a tight loop."""
-        if request.name not in self._given_back:
-            self._given_back.add(request.name)
+    def leave_to_processes(self, request: JobRequest) -> None:
+        """It needs another pool than this node's: let it wait for one."""
+        if request.name not in self._left:
+            self._left.add(request.name)
             logger.warning(
-                "%s[%s] goes back, and so does every other of its kind: a job with a key, a time "
-                "limit or a memory limit needs a worker with --pool prefork",
+                "%s[%s] waits for another node, and so does every other of its kind: a job with a "
+                "key, a time limit or a memory limit needs a worker with --pool prefork",
                 request.name,
                 request.id,
             )
-        self._aside(self._give_back_later, request)
+        claimed = self._claimant.claimed(request.claim_id)
+        request.settle()
+        if claimed is not None:
+            self._aside(self._leave_to_processes, request, claimed)
 
     def leave_at_once(self) -> None:
         """End this process without waiting for what runs; all of its claims go back."""
@@ -176,27 +180,23 @@ class WorkerNode:
         # Waiting for a death and reading the shared folder have no place in the event loop.
         essential_thread("cohort-conclude", run).start()
 
-    def _give_back_later(self, request: JobRequest) -> None:
-        claimant = current_claimant()
-        if claimant is None:
-            return
-        # Not to the front, where this node would take it again before it sees anything else.
-        # Any queue of this node will do: what waits there knows its own list.
-        queues = request.app.amqp.queues.consume_from
-        name = request.delivery_info.get("routing_key")
-        queue = name if name in queues else next(iter(queues))
+    def _leave_to_processes(self, request: JobRequest, claimed: Claimed) -> None:
+        # Its limit came with this one submission: its producer didn't say what that needs.
+        needs = Needs.parse(claimed.needs)
+        needs = replace(needs, labels=needs.labels | {PREFORK})
         try:
-            seconds, _ = claimant.scripts.client.time()
-            due = (seconds + _LATER) * 1000
-            word = claimant.scripts.requalify(
-                claimant.member, request.claim_id, queue, request.key or "", due
+            self._claimant.scripts.requalify(
+                self._claimant.member,
+                claimed.claim_id,
+                claimed.queue,
+                claimed.key,
+                None,
+                needs=needs.text,
+                fits=False,
             )
         except (redis.RedisError, OSError) as error:
             logger.warning("%s[%s] goes back with a renewal: %s", request.name, request.id, error)
-        else:
-            if word == "locked":
-                claimant.give_back(request.claim_id)
-        claimant.forget(request.claim_id)
+        self._claimant.forget(claimed.claim_id)
 
     def _leave_at_once(self) -> None:
         # What has ended is acknowledged from the event loop, which a shutdown has stopped.

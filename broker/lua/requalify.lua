@@ -1,5 +1,5 @@
--- A message of a stock producer was claimed bare; its worker has found out that it is keyed, needs
--- room, or isn't due.
+-- A worker has found out more of what it claimed: a stock producer's message is keyed, needs room, or
+-- isn't due; or another one needs more than its producer has said.
 --
 -- KEYS  claims    hash        this incarnation's claims            finish, put back
 --       locks     hash        job key -> claim id or owed:<task>   finish
@@ -38,7 +38,10 @@ if due ~= '' and tonumber(due) > now_ms() then
     end
     return 'delayed'
 end
-claim.key, claim.needs, claim.conflict, claim.bare = key, needs, conflict, '0'
+if claim.bare == '1' then
+    claim.conflict = conflict
+end
+claim.key, claim.needs, claim.bare = key, needs, '0'
 local holder = key ~= '' and redis.call('HGET', K.locks, key)
 if holder and holder ~= id then
     if contend(K, claim) == 'parked' then
@@ -51,6 +54,9 @@ end
 if not fits then
     leave()
     set_aside(K, claim)
+    if holder then
+        let_go(K, key, id)
+    end
     ring(K)
     return 'waiting'
 end

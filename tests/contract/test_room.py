@@ -164,6 +164,20 @@ class TestWhatFits:
         assert (again.needs, again.key, again.qualified) == (needs.text, "k", True)
         assert broker.lock_of("k") == again.claim_id
 
+    def test_one_that_has_its_lock_and_turns_out_not_to_fit_lets_it_go(
+        self, broker: Broker
+    ) -> None:
+        put(broker, "first", Needs(1, 1), key="k")
+        put(broker, "second", Needs(1, 1), key="k")
+        claims = broker.ask_for(2, NODE, node=free())
+        (first,) = claims.claimed
+        needs = Needs(1, 1, labels=frozenset({"other"}))
+        word = broker.scripts.requalify(
+            NODE, first.claim_id, QUEUE, "k", None, needs=needs.text, fits=False
+        )
+        assert word == "waiting"
+        assert ask(broker, free()) == ["second"]
+
 
 class TestAhead:
     def test_short_ones_up_to_so_much_work(self, broker: Broker) -> None:

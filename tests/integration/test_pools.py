@@ -58,10 +58,11 @@ def test_what_needs_a_process_waits_for_one(workers: Workers, tmp_path: Path, po
     limited = family_jobs.eat_in_a_program.delay(mark)
     timed = family_jobs.my_process.apply_async(soft_time_limit=20)
     plain = jobs.plain_add.apply_async((2, 3), soft_time_limit=20)  # As with stock Celery.
-    # Two say it themselves and are set aside; that it has a limit this time only its worker sees.
+    # Two say it themselves; that the third has a limit this time only its worker sees.
     client: Any = workers.producer.client
-    wait_for(lambda: client.zcard(keys.WAITING) == 2, "two of them to wait for another node")
-    wait_for(lambda: "tests.family_jobs.my_process[" in worker.log, "the third to go back")
+    wait_for(lambda: client.zcard(keys.WAITING) == 3, "all three to wait for another node")
+    assert "tests.family_jobs.my_process[" in worker.log
+    assert client.zcard(keys.delayed("celery")) == 0
     assert plain.get(timeout=20) == 5
     assert jobs.keyless_once.delay(str(tmp_path)).get(timeout=20) == pool
     assert {result.state for result in (keyed, limited, timed)} == {"PENDING"}
