@@ -290,17 +290,6 @@ class Scripts:
         word: bytes = self._lead(keys=[keys.leader(duty)], args=[token, int(lease * 1000)])
         return word == b"leading"
 
-    @cached_property
-    def _announce(self) -> Script:
-        return self._script("announce")
-
-    def announce(
-        self, name: str, meta: bytes | str, expires: float | None
-    ) -> Literal["announced", "kept"]:
-        """Publish a task's state under a key, unless a final one stands there."""
-        reply = self._announce(keys=[name], args=[1, int((expires or 0) * 1000), meta])
-        return "announced" if reply[0] == b"announced" else "kept"
-
 
 def finish_keys(member: str) -> list[str]:
     """Every key that the script touches which acknowledges claims."""

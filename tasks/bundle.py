@@ -23,8 +23,6 @@ from contextlib import suppress
 from typing import Any
 from weakref import ref
 
-from billiard.einfo import ExceptionInfo
-from billiard.pool import MaybeEncodingError
 from celery.exceptions import TaskRevokedError
 from celery.utils.log import get_logger
 
@@ -109,7 +107,7 @@ class Trays:
         _trays.update((tray.number, tray) for tray in self._free)
 
     def __bool__(self) -> bool:
-        return bool(self._free or self.under_way)
+        return bool(self._free)
 
     def take(self, bundle: Bundle) -> Tray | None:
         """A free one, if there is any."""
@@ -176,10 +174,10 @@ class Bundle:
             claimant.pass_room(dropped, self._requests[0].claim_id)
         self._tray = self._trays.take(self) if len(self._requests) > 1 else None
         if self._tray is None:
-            # The pool has grown since the trays were made: one after another will do.
-            for request in self._requests:
-                request.hand_to(pool)
-            return None
+            # There were some when they were put together. Side by side they'd have one room.
+            first, *others = self._requests
+            self._return(others)
+            return first.hand_to(pool)
         self._tray.lay_out(len(self._requests) - 1)
         result = pool.apply_async(
             trace_bundle,
@@ -322,20 +320,8 @@ def trace_bundle(number: int, jobs: Sequence[tuple[Any, ...]]) -> tuple[Traced, 
         begun, puts = time.perf_counter(), puts_of_this_thread()
         traced = trace(*arguments)
         took = time.perf_counter() - begun
-        try:
-            fits = tray.put(traced, took)
-        except Exception as error:
-            # As the pool does for a single one.
-            fits = tray.put((1, _not_encoded(error, traced), 0.0, [], None), took)
-        if not fits:
+        if not tray.put(traced, took):
             return traced, took
         if is_part and puts_of_this_thread() != puts:
             break  # It has sent the chord's body, which mustn't end before its parts are known.
     return None
-
-
-def _not_encoded(error: Exception, traced: Traced) -> ExceptionInfo:
-    try:
-        raise MaybeEncodingError(error, traced[1])
-    except MaybeEncodingError:
-        return ExceptionInfo()

@@ -196,12 +196,13 @@ class JobRequest(Request):  # type: ignore[misc]
         """Whether it may have to be ended: only the prefork pool can do that."""
         definition = getattr(self.task, "definition", None)
         return definition is not None and bool(
-            self.key
-            or definition.memory_limit
-            or any(self.time_limits)
-            or self.task.soft_time_limit
-            or self.task.time_limit
+            self.key or definition.memory_limit or self._has_time_limit
         )
+
+    @property
+    def _has_time_limit(self) -> bool:
+        task = self.task
+        return bool(any(self.time_limits) or task.soft_time_limit or task.time_limit)
 
     @property
     def context(self) -> Any:
@@ -212,11 +213,7 @@ class JobRequest(Request):  # type: ignore[misc]
     def may_share(self) -> bool:
         """Whether it may be handed to a process together with others: nobody ends it by itself."""
         return bool(self.claim_id) and not (
-            self.needs_a_process
-            or any(self.time_limits)
-            or self.task.soft_time_limit
-            or self.task.time_limit
-            or self._is_followed
+            self.needs_a_process or self._has_time_limit or self._is_followed
         )
 
     @property

@@ -195,8 +195,8 @@ class WorkerNode:
                 fits=False,
             )
         except (redis.RedisError, OSError) as error:
-            logger.warning("%s[%s] goes back with a renewal: %s", request.name, request.id, error)
-        self._claimant.forget(claimed.claim_id)
+            logger.warning("%s[%s] goes back: %s", request.name, request.id, error)
+        self._writer.give_back(claimed.claim_id, lost=False)  # If it's still here.
 
     def _leave_at_once(self) -> None:
         # What has ended is acknowledged from the event loop, which a shutdown has stopped.

@@ -219,7 +219,8 @@ class Writer:
                 if not self._until_done("announce outcomes", self._decide, decided):
                     break
                 reach("writer:after-announce")
-            self._decided.put(decided)
+            if orders:
+                self._decided.put(decided)
             with self._guard:
                 self._on_their_way -= len(orders)
         self._decided.put(None)
@@ -267,9 +268,15 @@ class Writer:
             if begun.at > due:
                 break
             del self._unnoted[begun.claim_id]
+            if not self._is_here(begun.claim_id):
+                continue  # It went back, or is another's.
             self._noted[begun.claim_id] = begun.task_id
             notes.append(begun.note())
         return notes
+
+    def _is_here(self, claim_id: str) -> bool:
+        # While the node joins again it knows of no claim for a moment; what it runs, it holds.
+        return self._claimant.knows(claim_id) or self._claimant.claimed(claim_id) is not None
 
     def _gather(self, decided: _Decided) -> float:
         """For how long more may join it. The end of a key's claim is waited for, no other is."""

@@ -1,20 +1,18 @@
 -- Tell what state tasks are in: to everybody who waits for them, and for a while to who asks.
 --
 -- KEYS  outcomes  string  a task's meta, under Celery's own key   its time to live
---       buckets   hash    none, or one for each outcome: id -> where the outcome lies   sweep, forget
--- ARGV  how many tasks, time to live in ms or '0' for ever, then for each task its meta and, with
---       buckets, the id's field in its bucket and the entry that says "final, not on disk yet", or ''
---       for a state on the way
+--       buckets   hash    one for each outcome: id -> where it lies     sweep, forget
+-- ARGV  how many tasks, time to live in ms or '0' for ever, then for each task its meta, the id's field
+--       in its bucket and the entry that says "final, not on disk yet", or '' for a state on the way
 -- Returns for each task 'announced'; 'kept': a final outcome stands, on disk; or {meta}: this final
 -- outcome stands, and whoever was to write it down may have died before that.
 
 local final = { SUCCESS = true, FAILURE = true, REVOKED = true }
 local count, lives = tonumber(ARGV[1]), ARGV[2]
 local now = now_ms()
-local indexed_all = #KEYS > count
 
 local function announce(name, bucket, meta, field, entry)
-    local indexed = bucket and redis.call('HGET', bucket, field)
+    local indexed = redis.call('HGET', bucket, field)
     if indexed then
         local segment, _, _, _, ends = struct.unpack('<I4I4I4BI4', indexed)
         if ends ~= 0 and ends * 1000 < now then
@@ -37,7 +35,7 @@ local function announce(name, bucket, meta, field, entry)
             return {held}
         end
     end
-    if entry and entry ~= '' then
+    if entry ~= '' then
         redis.call('HSET', bucket, field, entry)
     end
     if lives == '0' then
@@ -51,11 +49,7 @@ end
 
 local words = {}
 for i = 1, count do
-    if indexed_all then
-        local at = 3 * i
-        words[i] = announce(KEYS[i], KEYS[count + i], ARGV[at], ARGV[at + 1], ARGV[at + 2])
-    else
-        words[i] = announce(KEYS[i], nil, ARGV[2 + i])
-    end
+    local at = 3 * i
+    words[i] = announce(KEYS[i], KEYS[count + i], ARGV[at], ARGV[at + 1], ARGV[at + 2])
 end
 return words

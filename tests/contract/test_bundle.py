@@ -229,7 +229,8 @@ def test_one_that_the_pool_forgot_has_its_tray_for_good(trays: Trays) -> None:
     assert not trays.under_way
     c, d = Request("c"), Request("d")
     Process(trays, c, d)
-    assert done(c, d) == [["handed over alone"], ["handed over alone"]]
+    assert done(c, d) == [["handed over alone"], ["given back"]]
+    assert not trays  # So none are put together from now on.
 
 
 def test_who_is_revoked_does_not_go_along(trays: Trays) -> None:
@@ -276,22 +277,6 @@ def test_who_does_not_go_along_leaves_its_room(
 
 class TestInTheProcess:
     """`trace_bundle`, called here."""
-
-    def test_what_cannot_be_written_down_fails_by_itself(self, trays: Trays) -> None:
-        process = Process(trays, Request("a"), Request("b"))
-        outcomes = {"a": lambda: None, "b": "b"}
-
-        def trace(name: str) -> Traced:
-            return 0, outcomes[name], 0.0, [], None
-
-        assert (
-            trace_bundle(process.tray.number, [(trace, ("a",), False), (trace, ("b",), False)])
-            is None
-        )
-        (first, _), (second, _) = process.tray.take()
-        assert first[0] == 1
-        assert "MaybeEncodingError" in str(first[1])
-        assert second[:2] == (0, "b")
 
     def test_it_stops_where_its_turns_end(self, trays: Trays) -> None:
         process = Process(trays, Request("a"), Request("b"))

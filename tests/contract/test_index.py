@@ -15,6 +15,7 @@ from errors import Unavailable
 from tests.fleets import wait_for
 from tests.redis_server import RedisServer
 
+NAME = "celery-task-meta-t"
 NEVER = 0
 LONG_AGO = 1_000_000_000
 LATER = int(time.time()) + 86_400
@@ -34,7 +35,7 @@ def announce(
     index: Index, state: str, number: int = 0, *, seconds: float = 60, expires: int = LATER
 ) -> Standing:
     final = (state, expires) if state in ("SUCCESS", "FAILURE", "REVOKED") else None
-    about = Announcement("t", "celery-task-meta-t", meta(state, number), final)
+    about = Announcement("t", NAME, meta(state, number), final)
     return index.announce([about], seconds)[0]
 
 
@@ -60,11 +61,49 @@ def test_the_first_final_outcome_stands_before_and_after_it_is_on_disk(index: In
     assert announce(index, "STARTED").word == "adopt"
     index.place("node/start-1", [("t", 17, 300, "SUCCESS", LATER)])
     assert announce(index, "FAILURE", 2).word == "kept"
-    assert index.client.get("celery-task-meta-t") == meta("SUCCESS", 1)
-    index.client.delete("celery-task-meta-t")
+    assert index.client.get(NAME) == meta("SUCCESS", 1)
+    index.client.delete(NAME)
     for state in ("STARTED", "SUCCESS", "REVOKED"):
         assert announce(index, state, 3).word == "kept"
-    assert index.client.get("celery-task-meta-t") is None
+    assert index.client.get(NAME) is None
+
+
+@pytest.mark.parametrize("final", ["SUCCESS", "FAILURE", "REVOKED"])
+def test_states_on_the_way_replace_each_other_and_no_final_one(index: Index, final: str) -> None:
+    for state in ("STARTED", "PROGRESS", "RETRY", "STARTED", final):
+        assert announce(index, state).word == "announced"
+    for state in ("SUCCESS", "FAILURE", "REVOKED", "STARTED"):
+        assert announce(index, state, 1) == ("adopt", meta(final))
+    assert index.client.get(NAME) == meta(final)
+
+
+def test_who_waits_is_told_once(index: Index) -> None:
+    with index.client.pubsub() as listener:
+        listener.subscribe(NAME)
+        assert (listener.get_message(timeout=5) or {})["type"] == "subscribe"
+        announce(index, "SUCCESS")
+        announce(index, "FAILURE")
+        listener.subscribe("the end")
+        told = [listener.get_message(timeout=5) or {} for _ in range(2)]
+    assert told[0]["data"] == meta("SUCCESS")
+    assert told[1]["type"] == "subscribe"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "most"), [(60, 50_000, 60_000), (0.5, 1, 500), (0, -1, -1)]
+)
+def test_it_lives_as_long_as_it_was_told(
+    index: Index, seconds: float, least: int, most: int
+) -> None:
+    announce(index, "SUCCESS", seconds=seconds)
+    assert least <= index.client.pttl(NAME) <= most
+    index.client.delete(NAME)  # By the settings, every outcome expires.
+
+
+@pytest.mark.parametrize("held", [b"", b"nonsense", b"7", b"null", b'{"status": null}'])
+def test_what_is_no_outcome_is_replaced(index: Index, held: bytes) -> None:
+    index.client.set(NAME, held)
+    assert announce(index, "SUCCESS").word == "announced"
 
 
 def test_a_lost_reply_is_no_second_outcome(index: Index) -> None:
@@ -73,7 +112,7 @@ def test_a_lost_reply_is_no_second_outcome(index: Index) -> None:
 
 def test_what_nobody_wrote_down_in_time_is_open_again(index: Index) -> None:
     announce(index, "SUCCESS", 1, seconds=0.001)
-    wait_for(lambda: index.client.get("celery-task-meta-t") is None, "it to lapse")
+    wait_for(lambda: index.client.get(NAME) is None, "it to lapse")
     found = index.find("t")
     assert found is not None and found.segment == 0
     assert announce(index, "FAILURE", 2).word == "announced"

@@ -10,6 +10,7 @@ import redis
 
 from broker import keys
 from broker.claims import Claimed, Claims
+from broker.index import Announcement, Index
 from broker.sources import sha_of, source
 from errors import BrokerFull
 from tests.broker_kit import QUEUE, Broker, message, node_json
@@ -291,7 +292,8 @@ class TestPut:
         assert broker.scripts.reap(NODE) == 1
         broker.join(NODE)
         assert broker.scripts.lead("duty", "token", 5)
-        assert broker.scripts.announce("celery-task-meta-a", "{}", 60) == "announced"
+        state = Announcement("a", "celery-task-meta-a", b"{}", None)
+        assert [told.word for told in Index(broker.client).announce([state], 60)] == ["announced"]
         assert broker.drain(OTHER) == ["a", "b", "d"]
         broker.client.config_set("maxmemory", 0)
         assert broker.put("taken") == "queued"
@@ -633,49 +635,6 @@ class TestReap:
         assert broker.scripts.reap(NODE) == 1
         assert broker.scripts.reap(NODE) == 0
         assert broker.lost("t") == 1
-
-
-class TestAnnounce:
-    NAME = "celery-task-meta-t"
-
-    def meta(self, status: str, number: int = 0) -> str:
-        return json.dumps({"status": status, "result": number, "task_id": "t"})
-
-    @pytest.mark.parametrize("final", ["SUCCESS", "FAILURE", "REVOKED"])
-    def test_the_first_final_outcome_stands(self, broker: Broker, final: str) -> None:
-        for status in ("STARTED", "PROGRESS", "RETRY", "STARTED", final):
-            assert broker.scripts.announce(self.NAME, self.meta(status), 60) == "announced"
-        for status in ("SUCCESS", "FAILURE", "REVOKED", "STARTED"):
-            assert broker.scripts.announce(self.NAME, self.meta(status, 1), 60) == "kept"
-        assert broker.client.get(self.NAME) == self.meta(final).encode()
-
-    def test_who_waits_is_told_once(self, broker: Broker) -> None:
-        with broker.client.pubsub() as listener:
-            listener.subscribe(self.NAME)
-            assert (listener.get_message(timeout=5) or {})["type"] == "subscribe"
-            broker.scripts.announce(self.NAME, self.meta("SUCCESS"), 60)
-            broker.scripts.announce(self.NAME, self.meta("FAILURE"), 60)
-            broker.scripts.announce(self.NAME + "-end", self.meta("SUCCESS"), 60)
-            listener.subscribe(self.NAME + "-end")
-            told = [listener.get_message(timeout=5) or {} for _ in range(2)]
-        assert told[0]["data"] == self.meta("SUCCESS").encode()
-        assert told[1]["type"] == "subscribe"
-
-    @pytest.mark.parametrize(
-        ("expires", "least", "most"),
-        [(60, 50_000, 60_000), (60.9, 60_000, 60_900), (0.5, 1, 500), (None, -1, -1), (0, -1, -1)],
-    )
-    def test_it_lives_as_long_as_it_was_told(
-        self, broker: Broker, expires: float | None, least: int, most: int
-    ) -> None:
-        broker.scripts.announce(self.NAME, self.meta("SUCCESS"), expires)
-        assert least <= broker.client.pttl(self.NAME) <= most
-        broker.client.delete(self.NAME)  # By the settings, every outcome expires.
-
-    @pytest.mark.parametrize("held", [b"", b"nonsense", b"7", b"null", b'{"status": null}'])
-    def test_what_is_no_outcome_is_replaced(self, broker: Broker, held: bytes) -> None:
-        broker.client.set(self.NAME, held)
-        assert broker.scripts.announce(self.NAME, self.meta("SUCCESS"), 60) == "announced"
 
 
 class TestEveryScript:
