@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from broker import keys
 from broker.nodes import list_nodes
 from deploy.chaos.proxy import Proxy
-from tests.fleets import Producer, running_fleet
+from tests.fleets import Producer, running_fleet, wait_for
 from tests.redis_server import RedisServer, running_redis
 
 
@@ -25,6 +26,19 @@ class Behind:
         """Every node with a lease that runs, and which of its lives; seen past the network."""
         with self.server.connect() as client:
             return {(info.node, info.incarnation) for info in list_nodes(client) if info.is_live}
+
+    def resume_until_renewed(self) -> None:
+        """Forward again, until every node has renewed its lease."""
+        before = self._leases()
+        self.proxy.resume()
+        wait_for(
+            lambda: all(end > before[member] for member, end in self._leases().items()),
+            "the leases to be renewed",
+        )
+
+    def _leases(self) -> dict[bytes, float]:
+        with self.server.connect() as client:
+            return dict(client.zrange(keys.LEASES, 0, -1, withscores=True))
 
 
 @contextmanager

@@ -94,10 +94,7 @@ def test_a_silence_shorter_than_a_lease_changes_nothing(behind: Behind, tmp_path
     for _ in range(3):
         behind.proxy.pause()
         time.sleep(0.3 * LEASE)
-        behind.proxy.resume()
-        # Both have renewed since.
-        wait_for(lambda: behind.proxy.connections > 0, "a connection")
-        time.sleep(0.5 * LEASE)
+        behind.resume_until_renewed()
     assert behind.incarnations() == lives
     go.touch()
     assert keyless.get(timeout=30) in {"node-1", "node-2"}
