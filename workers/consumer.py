@@ -1,4 +1,5 @@
-"""Celery's consumer, which leaves a task that it doesn't know to those that may.
+"""Celery's consumer, which forgets no job that runs, and leaves a task that it doesn't know to
+those that may.
 
 While a fleet is upgraded, old workers meet tasks that only the new ones know. Such a message waits
 for a moment and is offered again; after a grace it is dead-lettered, which is an outcome.
@@ -22,6 +23,7 @@ from broker.deadletters import UNKNOWN_SINCE
 from broker.producing import Put
 from broker.transport import current_claimant
 from tasks.settings import current
+from workers.pipes import hear_what_has_begun
 
 logger = get_logger(__name__)
 
@@ -30,6 +32,11 @@ _OFFERED_AGAIN_MS = 2000
 
 class FleetConsumer(Consumer):  # type: ignore[misc]
     """The consumer of a node of the fleet."""
+
+    def on_close(self) -> None:
+        """Its connection is lost, or the worker ends."""
+        hear_what_has_begun(self.pool)
+        super().on_close()
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         """Offer it again until its grace has passed."""

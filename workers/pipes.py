@@ -1,17 +1,24 @@
-"""The pipes to a prefork pool's processes: a job that was just claimed is written there at once.
+"""The pipes to and from a prefork pool's processes, where Celery comes to them too late.
 
-Celery's pool writes at the next turn of its loop, when it is told that a pipe has room. By then the
-loop has asked for more work, and an idle job has waited for that.
+- It writes a job at the next turn of its loop, when it is told that a pipe has room. By then the
+  loop has asked for more work, and an idle job has waited for that.
+- When a consumer closes it forgets what no process is known to have begun. What was written to one
+  a moment ago begins all the same.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 from kombu.asynchronous import get_event_loop
 
 from tasks.request import has_processes
+
+_A_MOMENT = 2.0
+"""Seconds in which an idle process says that it has begun, however busy the machine is."""
 
 
 def writing_at_once(worker: Any) -> Callable[[], None] | None:
@@ -35,3 +42,29 @@ def writing_at_once(worker: Any) -> Callable[[], None] | None:
             hub.consolidate_callback(list(idle)[: len(processes.outbound_buffer)])
 
     return write
+
+
+def hear_what_has_begun(pool: Any) -> None:
+    """Have a pool hear which of the jobs that it has written have begun. A job that it forgets goes
+    back, and would run here and elsewhere.
+    """
+    processes: Any = getattr(pool, "_pool", None)
+    if not hasattr(processes, "handle_result_event"):
+        return  # It has no processes, or no event loop yet.
+    ends, before = time.monotonic() + _A_MOMENT, set[int]()
+    while (pipes := _of_what_is_written(processes)) and pipes != before:
+        before = pipes
+        for pipe in wait(pipes, max(0.0, ends - time.monotonic())):
+            # One message; that it has begun is the next thing that such a process says.
+            processes.handle_result_event(pipe)
+
+
+def _of_what_is_written(processes: Any) -> set[int]:
+    """The pipes from which is to be heard of what was written and hasn't begun."""
+    return {
+        job._write_to.outqR_fd
+        for job in processes._cache.values()
+        if not job._accepted
+        and job._write_to is not None
+        and job._write_to.inqW_fd not in processes._active_writes
+    }

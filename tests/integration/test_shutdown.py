@@ -6,6 +6,7 @@ The leases are a minute long: what starts again in these tests was given back.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import uuid
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from broker import keys
 from broker.nodes import list_nodes
 from tests import family_jobs
 from tests import sample_jobs as jobs
@@ -84,6 +86,27 @@ def test_warm(workers: Workers, tmp_path: Path, pool: str) -> None:
     assert leaving.wait() == 0
     assert nothing_of(leaving)
     assert (held.runs, len(list(traces.iterdir()))) == (1, 4)
+
+
+def test_warm_with_a_job_that_is_on_its_way_to_its_process(
+    workers: Workers, tmp_path: Path
+) -> None:
+    """It begins while the worker closes."""
+    leaving = workers.start("leaving", "prefork", cpus=1)
+    assert jobs.keyless_once.delay(str(tmp_path)).get(timeout=20) == "leaving"  # It is up.
+    (child,) = leaving.processes - {leaving.pid}
+    os.kill(child, signal.SIGSTOP)
+    result = jobs.keyless_once.delay(str(tmp_path))
+    wait_for(lambda: workers.producer.client.hget(keys.CLAIMED, result.id), "it to be claimed")
+    leaving.signal(signal.SIGTERM)
+    wait_for(lambda: "Warm shutdown" in leaving.log, "the worker to be told")
+    time.sleep(0.3)  # It closes, and would have forgotten the job by now.
+    os.kill(child, signal.SIGCONT)
+    assert leaving.wait() == 0
+    workers.start("staying", "prefork", cpus=1)
+    assert result.get(timeout=20) == "leaving"
+    assert jobs.keyless_once.delay(str(tmp_path)).get(timeout=20) == "staying"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
