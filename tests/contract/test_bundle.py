@@ -116,6 +116,7 @@ def test_all_of_them_end(trays: Trays) -> None:
     process.end(a)
     process.end(b)
     process.bundle.on_success(None)
+    # Who has ended is terminated no more: its process is at another one.
     assert done(a, b) == [["accepted, killed", "ended a"], ["accepted", "ended b"]]
     assert (a.took, b.took) == (0.1, 0.1)
     assert not trays.under_way
@@ -157,16 +158,6 @@ def test_looked_at_while_one_takes_long(trays: Trays) -> None:
     process.bundle.on_success(None)
     assert b.done[1:] == ["ended b"]
     assert (len(c.done), len(d.done)) == (1, 1)
-
-
-def test_one_that_ended_is_terminated_no_more(trays: Trays) -> None:
-    a, b = Request("a"), Request("b")
-    process = Process(trays, a, b)
-    process.accept()
-    process.end(a)
-    process.end(b)
-    process.bundle.on_success(None)
-    assert b.done[0] == "accepted"
 
 
 def test_its_process_is_lost(trays: Trays) -> None:

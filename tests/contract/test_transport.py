@@ -335,18 +335,19 @@ class TestTroubles:
         delivered.ack()
         assert worker.nothing_comes()
 
-    def kill_connections(self, broker: Broker, worker: Client) -> None:
+    def lose_the_connection(self, broker: Broker, worker: Client) -> None:
+        """It is cut, and the worker connects anew."""
         broker.client.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(redis.ConnectionError):
+            worker.drain(lambda: False)
+        worker.come_back()
 
     def test_what_was_delivered_but_not_begun_goes_back(
         self, broker: Broker, claimant: Claimant, producer: Client, worker: Client
     ) -> None:
         producer.publish("t", "k")
         first = worker.next()
-        self.kill_connections(broker, worker)
-        with pytest.raises(redis.ConnectionError):
-            worker.drain(lambda: False)
-        worker.come_back()
+        self.lose_the_connection(broker, worker)
         claimant.renew()
         second = worker.next()
         assert task_of(second) == "t"
@@ -365,10 +366,7 @@ class TestTroubles:
         begun = [worker.next(), worker.next()]
         for delivered in begun:
             claimant.begin(delivered.delivery_tag)
-        self.kill_connections(broker, worker)
-        with pytest.raises(redis.ConnectionError):
-            worker.drain(lambda: False)
-        worker.come_back()
+        self.lose_the_connection(broker, worker)
         claimant.renew()
         assert worker.nothing_comes()
         # Its acknowledgement comes from the closed channel.
@@ -385,10 +383,7 @@ class TestTroubles:
         delivered = worker.next()
         claimant.begin(delivered.delivery_tag)
         delivered.ack()
-        self.kill_connections(broker, worker)
-        with pytest.raises(redis.ConnectionError):
-            worker.drain(lambda: False)
-        worker.come_back()
+        self.lose_the_connection(broker, worker)
         claimant.renew()
         assert worker.nothing_comes()
         assert claimant.finish_now([delivered.delivery_tag]) == ["finished"]

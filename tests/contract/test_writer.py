@@ -101,9 +101,8 @@ def begin(writer: Writer, task_id: str, *, durable: bool = False) -> None:
     )
 
 
-def test_who_waits_is_told_before_the_disk_and_redis_acknowledges_after_it(
-    writer: Writer, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def appends_are_noted(writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     append = writer._segment.append
 
     def noting(entries: Sequence[Entry]) -> list[Place]:
@@ -111,6 +110,12 @@ def test_who_waits_is_told_before_the_disk_and_redis_acknowledges_after_it(
         return append(entries)
 
     monkeypatch.setattr(writer._segment, "append", noting)
+
+
+@pytest.mark.usefixtures("appends_are_noted")
+def test_who_waits_is_told_before_the_disk_and_redis_acknowledges_after_it(
+    writer: Writer, log: Log, tmp_path: Path
+) -> None:
     for task_id in ("a", "b"):
         writer.record(outcome(task_id))
         writer.finish(task_id)
@@ -230,16 +235,8 @@ class TestAhead:
     def ahead(self, log: Log) -> None:
         log.can_be_told_ahead = True
 
-    def test_before_any_other_thread_wakes(
-        self, writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        append = writer._segment.append
-
-        def noting(entries: Sequence[Entry]) -> list[Place]:
-            log.say("append")
-            return append(entries)
-
-        monkeypatch.setattr(writer._segment, "append", noting)
+    @pytest.mark.usefixtures("appends_are_noted")
+    def test_before_any_other_thread_wakes(self, writer: Writer, log: Log) -> None:
         writer.record(outcome("a"))
         assert log.said == ["ahead a"]
         writer.finish("a")
