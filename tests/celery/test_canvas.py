@@ -107,6 +107,8 @@ class TestChains:
     def test_children(self, side: Side) -> None:
         result = chain(add.s(4, 4), mul.s(8))()
         assert result.get(timeout=PATIENCE) == 64
+        # What comes next is sent before its own outcome is known.
+        assert result.parent.get(timeout=PATIENCE) == 8
         assert result.parent.children == [result]
 
     def test_all_know_their_root(self, side: Side) -> None:

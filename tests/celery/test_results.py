@@ -242,6 +242,8 @@ class TestAttributes:
     def test_graph(self, caller: Side) -> None:
         result = chain(add.s(1, 1), add.s(1)).delay()
         assert result.get(timeout=PATIENCE) == 3
+        # What comes next is sent before its own outcome is known.
+        assert result.parent.get(timeout=PATIENCE) == 2
         graph = result.parent.graph
         assert {node.id for node in graph} == {result.id, result.parent.id}
         dot = io.StringIO()
