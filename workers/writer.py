@@ -43,7 +43,7 @@ _WRITTEN_AFTER = 0.005
 """Seconds in which they are gathered to be written. Who waits for them has been told."""
 _APART = 0.001
 """Seconds after which an outcome isn't one of many."""
-_A_FEW = 4
+_A_FEW, _MANY = 4, 100
 """Orders, of which an outcome and the end of its claim are two."""
 
 
@@ -211,8 +211,9 @@ class Writer:
         while not is_last:
             taken: tuple[list[_Order], bool] = _all_of(self._orders, None, how_long)
             orders, is_last = taken
-            # A single one goes at once. When several came together, more are on their way.
-            gather = _GATHER if len(orders) > _A_FEW else 0.0
+            # A single one goes at once. When several came together, more are on their way; very
+            # many gather by themselves while these are announced.
+            gather = _GATHER if _A_FEW < len(orders) < _MANY else 0.0
             outcomes = [order for order in orders if isinstance(order, Outcome)]
             decided = _Decided(orders, outcomes, [])
             if outcomes:
@@ -279,7 +280,11 @@ class Writer:
         return self._claimant.knows(claim_id) or self._claimant.claimed(claim_id) is not None
 
     def _gather(self, decided: _Decided) -> float:
-        """For how long more may join it. The end of a key's claim is waited for, no other is."""
+        """For how long more may join it. The end of a key's claim is waited for, no other is; but
+        so many at once are worth a write of their own, and may be all that there are.
+        """
+        if len(decided.orders) >= _MANY:
+            return 0.0
         for order in decided.orders:
             if self._awaited:
                 task_or_claim = order.task_id if isinstance(order, Outcome) else order.claim_id

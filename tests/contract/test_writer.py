@@ -312,3 +312,17 @@ def test_the_end_of_a_key_s_claim_waits_for_no_others(
     assert keyed or time.monotonic() - begun >= gathers
     assert writer.stop(10)
     assert not writer._awaited
+
+
+def test_very_many_wait_for_no_others(
+    writer: Writer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be all that there are: as many as the node runs at once."""
+    monkeypatch.setattr(writers, "_GATHER", 60.0)
+    monkeypatch.setattr(writers, "_WRITTEN_AFTER", 60.0)
+    for number in range(writers._MANY):
+        writer.record(outcome(str(number)))
+        writer.finish(str(number))
+    writer.start()
+    wait_for(lambda: len(log.said) == 3, "their ends", 10)
+    assert writer.stop(10)
