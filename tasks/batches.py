@@ -7,6 +7,7 @@ jobs. Here that producer keeps what is submitted through it, so that a script pu
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,10 @@ class App(Celery):  # type: ignore[misc]
         return self.subclass_with_self(
             "tasks.waiting:JobGroupResult", name="GroupResult", reverse="GroupResult"
         )
+
+    def now(self) -> datetime:
+        """The time, in the app's zone. Celery asks dateutil about it: 5 us of each outcome."""
+        return datetime.now(self.timezone)
 
     def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
         """Celery asks for one producer a group: what is submitted through this one is gathered."""
