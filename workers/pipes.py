@@ -4,12 +4,15 @@
   loop has asked for more work, and an idle job has waited for that.
 - When a consumer closes it forgets what no process is known to have begun. What was written to one
   a moment ago begins all the same.
+- When its pool ends it looks at one process after another, and sleeps half a second at each that
+  has nothing to say. Of sixteen the last one's outcome would be eight seconds late.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from inspect import isgenerator
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -17,6 +20,9 @@ from kombu.asynchronous import get_event_loop
 
 from tasks.request import has_processes
 
+_A_LOOK = 0.5
+"""Seconds until an ending pool looks whether a time limit has passed, or a process has died."""
+_A_TURN = 0.002
 _A_MOMENT = 2.0
 """Seconds in which an idle process says that it has begun, however busy the machine is."""
 
@@ -57,6 +63,29 @@ def hear_what_has_begun(pool: Any) -> None:
         for pipe in wait(pipes, max(0.0, ends - time.monotonic())):
             # One message; that it has begun is the next thing that such a process says.
             processes.handle_result_event(pipe)
+
+
+def hear_who_speaks(pool: Any) -> None:
+    """From now on a pool that ends reads what a process says when that says it."""
+    handler: Any = getattr(getattr(pool, "_pool", None), "_result_handler", None)
+    if not hasattr(handler, "_flush_outqueue"):
+        return  # It has no processes.
+    read_or_sleep = handler._flush_outqueue
+
+    def read_if_it_speaks(pipe: int, remove: Any, processes: Any, on_message: Any) -> Any:
+        if pipe not in processes or wait([pipe], 0.0) or _is_half_read(handler, pipe):
+            return read_or_sleep(pipe, remove, processes, on_message)
+        if wait(list(processes), _A_LOOK):
+            time.sleep(_A_TURN)  # Its turn comes; and one that is broken keeps nobody busy.
+        return None
+
+    handler._flush_outqueue = read_if_it_speaks
+
+
+def _is_half_read(handler: Any, pipe: int) -> bool:
+    # Celery knows whether the rest will come.
+    reader = handler._hub.readers.get(pipe) if handler._hub is not None else None
+    return reader is not None and isgenerator(reader[0])
 
 
 def _of_what_is_written(processes: Any) -> set[int]:

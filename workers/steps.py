@@ -40,7 +40,7 @@ from workers.housekeeping import Housekeeping
 from workers.limits import Limits
 from workers.node import WorkerNode
 from workers.orphans import end_those_of_dead_lives, leave_mark
-from workers.pipes import writing_at_once
+from workers.pipes import hear_who_speaks, writing_at_once
 from workers.writer import Writer
 
 logger = get_logger(__name__)
@@ -229,6 +229,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         """A warm shutdown: the pool, ended after this step, still has outcomes to hand over."""
         self._is_ending = True
         self.claimant.begin_no_more()
+        hear_who_speaks(worker.pool)
         worker_shutdown.connect(self._leave, weak=False)
 
     def terminate(self, worker: Any) -> None:

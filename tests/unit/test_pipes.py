@@ -6,7 +6,9 @@ import os
 import pickle
 import select
 import struct
+import threading
 from collections import deque
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from tasks.request import in_one_write
 from workers import pipes
+from workers.pipes import hear_who_speaks
 
 
 def payload(size: int) -> Any:
@@ -107,3 +110,61 @@ def test_idle_processes_get_what_waits(
 
 def test_a_pool_without_processes_has_no_pipes() -> None:
     assert pipes.writing_at_once(SimpleNamespace(pool=object())) is None
+
+
+class TestAnEndingPool:
+    """It hears at once of a job that has ended, and looks at nobody else before."""
+
+    @pytest.fixture
+    def made(self) -> Iterator[list[tuple[int, int]]]:
+        pipes = [os.pipe() for _ in range(3)]
+        yield pipes
+        for pipe in pipes:
+            for end in pipe:
+                os.close(end)
+
+    def pool(self, hub: Any = None) -> tuple[Any, list[int]]:
+        read: list[int] = []
+        handler = SimpleNamespace(_hub=hub, _flush_outqueue=lambda pipe, *_: read.append(pipe))
+        return SimpleNamespace(_pool=SimpleNamespace(_result_handler=handler)), read
+
+    def look(self, pool: Any, made: list[tuple[int, int]]) -> None:
+        index = {reader: None for reader, _ in made}
+        for reader in index:
+            pool._pool._result_handler._flush_outqueue(reader, None, index, None)
+
+    def test_it_reads_who_speaks(self, made: list[tuple[int, int]]) -> None:
+        pool, read = self.pool()
+        hear_who_speaks(pool)
+        os.write(made[2][1], b"x")
+        self.look(pool, made)
+        assert read == [made[2][0]]
+
+    def test_it_waits_for_all_of_them(
+        self, made: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipes, "_A_LOOK", 600.0)
+        pool, read = self.pool()
+        hear_who_speaks(pool)
+        speaks = threading.Timer(0.1, os.write, (made[1][1], b"x"))
+        speaks.start()
+        self.look(pool, made)
+        speaks.join()
+        assert read == [made[1][0]]
+
+    def test_what_is_half_read_and_who_is_gone_are_celerys(
+        self, made: list[tuple[int, int]]
+    ) -> None:
+        def half() -> Iterator[None]:
+            yield
+
+        hub = SimpleNamespace(readers={made[0][0]: (half(), ())})
+        pool, read = self.pool(hub)
+        hear_who_speaks(pool)
+        flush = pool._pool._result_handler._flush_outqueue
+        flush(made[0][0], None, {made[0][0]: None}, None)
+        flush(made[1][0], None, {}, None)
+        assert read == [made[0][0], made[1][0]]
+
+    def test_a_pool_without_processes_is_left_alone(self) -> None:
+        hear_who_speaks(SimpleNamespace())
