@@ -45,6 +45,8 @@ class Proxy:
         self.delay = 0.0
         """Seconds that what a client sends is on its way; replies come at once."""
         self.port = 0
+        self.refused = 0
+        """How many have been since `refuse`."""
         self._to_port = to_port
         self._refuses = False
         self._links: list[_Link] = []
@@ -127,7 +129,7 @@ class Proxy:
 
     def refuse(self) -> None:
         """Reset all connections, and each new one at once."""
-        self._refuses = True
+        self._refuses, self.refused = True, 0
         self.cut()
 
     def accept(self) -> None:
@@ -154,6 +156,7 @@ class Proxy:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if self._refuses:
+                self.refused += 1
                 raise ConnectionRefusedError
             onwards, back = await asyncio.open_connection("127.0.0.1", self._to_port)
         except OSError:

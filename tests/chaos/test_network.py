@@ -130,8 +130,7 @@ def test_a_node_outlives_an_absent_redis_with_outcomes_to_tell(behind: Behind) -
     wait_for(results[20].ready, "outcomes to flow")
     for _ in range(6):
         behind.proxy.refuse()
-        # All have noticed by now, and whoever had an outcome to tell has tried.
-        time.sleep(0.3)
+        wait_for(lambda: behind.proxy.refused >= 4, "who had an outcome to tell to have tried")
         behind.proxy.accept()
         waiting = [result for result in results if not result.ready()]
         if not waiting:
