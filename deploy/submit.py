@@ -100,9 +100,9 @@ def run(options: Namespace, app: Celery, root: Path | None, out: Console, err: C
     if not options.wait:
         print(json.dumps({"id": result.id, "task": name}) if options.json else result.id)
         return 0
-    if not options.json:
-        print(result.id, flush=True)
     try:
+        if not options.json:
+            print(result.id, flush=True)
         _follow(result, name, err)
     except KeyboardInterrupt:
         err.print(f"no longer waiting; {result.id} runs on", highlight=False)
@@ -154,10 +154,10 @@ def _run_program(options: Namespace, app: Celery, root: Path | None) -> int:
         print(json.dumps({"id": result.id, "task": COMMAND}) if options.json else result.id)
         return 0
     # Its output is stdout's only content; or, with --json, the outcome is.
-    print(f"cohort: {result.id}", file=sys.stderr, flush=True)
     stream = sys.stderr.buffer if options.json else sys.stdout.buffer
     lines = _Lines("cohort:")
     try:
+        print(f"cohort: {result.id}", file=sys.stderr, flush=True)
         if root is None:
             print("cohort: COHORT_ROOT isn't set: its output can't be shown", file=sys.stderr)
             _follow_states(result, lines)
